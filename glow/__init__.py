@@ -1,0 +1,47 @@
+"""Invertible flows over images: exact likelihoods, exact latents, and training in the memory of one step."""
+
+from glow.bijection import Bijection, Chain
+from glow.bits import (
+    bits_per_dim,
+    dequantize,
+    keyed_normal,
+    keyed_uniform,
+    quantize,
+    sample_keys,
+    to_pixels,
+)
+from glow.coupling import Coupling
+from glow.flow import Glow, GlowConfig, LogProb
+from glow.latents import attribute_directions, latents_of_seeds
+from glow.memory import anchored
+from glow.mixing import DenseMixing, LUMixing, NormedMixing, PermutationMixing
+from glow.norm import ActNorm
+from glow.prior import SplitPrior, TopPrior
+from glow.shape import Squeeze
+
+__all__ = [
+    "ActNorm",
+    "Bijection",
+    "Chain",
+    "Coupling",
+    "DenseMixing",
+    "Glow",
+    "GlowConfig",
+    "LUMixing",
+    "LogProb",
+    "NormedMixing",
+    "PermutationMixing",
+    "SplitPrior",
+    "Squeeze",
+    "TopPrior",
+    "anchored",
+    "attribute_directions",
+    "bits_per_dim",
+    "dequantize",
+    "keyed_normal",
+    "keyed_uniform",
+    "latents_of_seeds",
+    "quantize",
+    "sample_keys",
+    "to_pixels",
+]

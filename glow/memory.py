@@ -1,0 +1,145 @@
+"""Inversion in backward: the anchored chain.
+
+Plain autograd keeps every hidden map of every step. A chain of bijections need not: the input of a step is recovered by
+inverting its output, so backward walks the chain from its end and keeps the state at anchors alone (one every `every`
+steps, the chain's own input and output among them).
+
+Each step is one autograd node that takes its parameters as explicit inputs, so gradients leave as backward proceeds and
+hooks, `torch.autograd.grad` and DistributedDataParallel see them. All that forward keeps goes through
+`save_for_backward`: `torch.autograd.graph.saved_tensors_hooks` counts every byte. A coupling recovers its input from the
+same conditioner evaluation that its gradient needs, so backward costs one evaluation a step, not two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from glow.bijection import Bijection
+
+
+class Tape:
+    """What backward hands from one node to the node before it; empty outside backward."""
+
+    def __init__(self, note_error: Callable[[Tensor], None]) -> None:
+        self.state: Tensor | None = None
+        self.condition: Tensor | None = None
+        self.error: Tensor | None = None
+        self.note_error = note_error
+
+    def compare(self, kept: Tensor) -> None:
+        """Measure the recovered state against the kept one, without waiting for the device."""
+        if self.state is not None:
+            error = (self.state - kept).abs().amax()
+            self.error = error if self.error is None else torch.maximum(self.error, error)
+
+    def finish(self, kept_input: Tensor) -> None:
+        """Close a backward pass: the recovered input meets the kept one."""
+        self.compare(kept_input)
+        if self.error is not None:
+            self.note_error(self.error)
+        self.state = self.condition = self.error = None
+
+
+def anchored(
+    members: Sequence[Bijection],
+    x: Tensor,
+    condition: Tensor | None,
+    every: int,
+    note_error: Callable[[Tensor], None],
+) -> tuple[Tensor, Tensor]:
+    """Apply members in order, [b, c, h, w] -> ([b, c, h, w], log_det [b]), keeping the state every `every` members."""
+    tape = Tape(note_error)
+    log_det = x.new_zeros(x.shape[0])
+    last = len(members) - 1
+    for index, member in enumerate(members):
+        keep = (last - index) % every == 0
+        trained = [p for p in member.parameters() if p.requires_grad]
+        x, log_det = _Link.apply(tape, member, keep, index == 0, x, log_det, condition, *trained)  # type: ignore[misc]
+    return x, log_det
+
+
+class _Link(torch.autograd.Function):
+    """One member of an anchored chain: an autograd node that keeps its output, or nothing."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        member: Bijection,
+        keep: bool,
+        first: bool,
+        x: Tensor,
+        log_det: Tensor,
+        condition: Tensor | None,
+        *trained: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        y, term = member(x, condition)
+        ctx.tape, ctx.member, ctx.keep, ctx.first = tape, member, keep, first
+        ctx.versions = tuple(p._version for p in trained)
+        ctx.autocast = _autocast_of(x)
+        ctx.save_for_backward(*([y, condition] if keep else ()), *([x] if first else ()))
+        return y, log_det + term
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_y, grad_log_det = grads
+        tape, saved = ctx.tape, ctx.saved_tensors
+        trained = [p for p in ctx.member.parameters() if p.requires_grad]
+        if ctx.versions != tuple(p._version for p in trained):
+            raise RuntimeError("a parameter changed between forward and backward: its step can no longer be inverted")
+        if ctx.keep:
+            tape.compare(saved[0])
+            tape.state, tape.condition = saved[0], saved[1]
+        with _restored(ctx.autocast):
+            tape.state, grad_x, grad_condition, found = _pull_back(
+                ctx.member, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[6]
+            )
+        if ctx.first:
+            tape.finish(saved[-1])
+        return None, None, None, None, grad_x, grad_log_det, grad_condition, *(found.get(id(p)) for p in trained)
+
+
+def _pull_back(
+    member: Bijection, y: Tensor, condition: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, wants_condition: bool
+) -> tuple[Tensor, Tensor, Tensor | None, dict[int, Tensor | None]]:
+    """Recover a member's input and pull gradients back through it, part by part."""
+    found: dict[int, Tensor | None] = {}
+    grad_condition: Tensor | None = None
+    leaf = condition.detach().requires_grad_() if wants_condition and condition is not None else condition
+    for part in reversed(part_list(member)):
+        trained = [p for p in part.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            leaves, again, log_det = part.recompute(y, leaf)
+        inputs = [*leaves, *trained, *([leaf] if wants_condition and leaf is not None else [])]
+        outputs = [(o, g) for o, g in ((again, grad_y), (log_det, grad_log_det)) if o.requires_grad]
+        grads = torch.autograd.grad([o for o, _ in outputs], inputs, [g for _, g in outputs], allow_unused=True)
+        y = _join([block.detach() for block in leaves])
+        grad_y = _join([g if g is not None else torch.zeros_like(b) for g, b in zip(grads, leaves, strict=False)])
+        found.update(zip(map(id, trained), grads[len(leaves) :], strict=False))
+        if wants_condition and grads[-1] is not None:
+            grad_condition = grads[-1] if grad_condition is None else grad_condition + grads[-1]
+    return y, grad_y, grad_condition, found
+
+
+def part_list(member: Bijection) -> list[Bijection]:
+    """The units of a member that are inverted and differentiated one at a time."""
+    return list(member.parts())
+
+
+def _join(blocks: Sequence[Tensor]) -> Tensor:
+    return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)
+
+
+def _autocast_of(x: Tensor) -> tuple[str, torch.dtype] | None:
+    kind = x.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+def _restored(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
+    return nullcontext() if autocast is None else torch.autocast(autocast[0], dtype=autocast[1])

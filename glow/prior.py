@@ -1,0 +1,75 @@
+"""Gaussian priors of the latents: learned at the top, read off the kept half at every split (Glow, section 3.5)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glow.conditioner import ZeroConv, border_mask, zero_linear
+from glow.norm import LOG_SCALE_FACTOR
+
+LOG_2_PI = math.log(2 * math.pi)
+
+
+def standard_normal_log_prob(eps: Tensor) -> Tensor:
+    """log N(eps; 0, 1) of every sample, [b, ...] -> [b], in nats."""
+    dims = eps[0].numel()
+    return -0.5 * (eps.square().flatten(1).sum(1) + dims * LOG_2_PI)
+
+
+class GaussianPrior(nn.Module):
+    """N(mean, exp(log_std)) a value, with mean and log_std interleaved in the channels of `statistics`."""
+
+    condition: nn.Linear | None
+
+    def statistics(self, kept: Tensor) -> Tensor:
+        """[b or 1, 2c, h, w] from the kept half (a split) or from its shape alone (the top)."""
+        raise NotImplementedError
+
+    def mean_and_log_std(self, kept: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both [b or 1, c, h, w]; the condition moves every channel by a learned amount, equal in space."""
+        out = self.statistics(kept)
+        if self.condition is not None and condition is not None:
+            out = out + self.condition(condition)[:, :, None, None]
+        return out[:, 0::2], out[:, 1::2]
+
+    def normalize(self, z: Tensor, kept: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        """z -> (eps = (z - mean) / std, log p(z) [b] in nats)."""
+        mean, log_std = self.mean_and_log_std(kept, condition)
+        eps = (z - mean) * torch.exp(-log_std)
+        return eps, standard_normal_log_prob(eps) - log_std.expand_as(z).flatten(1).sum(1)
+
+    def denormalize(self, eps: Tensor, kept: Tensor, condition: Tensor | None) -> Tensor:
+        """eps -> z = mean + std * eps."""
+        mean, log_std = self.mean_and_log_std(kept, condition)
+        return mean + torch.exp(log_std) * eps
+
+
+class SplitPrior(GaussianPrior):
+    """The prior of a factored-out half: a zero-initialised 3x3 convolution of the kept half."""
+
+    def __init__(self, channels: int, condition: int = 0) -> None:
+        super().__init__()
+        self.conv = ZeroConv(channels, 2 * channels)
+        self.condition = zero_linear(condition, 2 * channels) if condition else None
+
+    def statistics(self, kept: Tensor) -> Tensor:
+        return self.conv(kept)
+
+
+class TopPrior(GaussianPrior):
+    """The prior of the last latent: a zero convolution of zeros, so a bias and what the border channel adds, as released."""
+
+    def __init__(self, channels: int, condition: int = 0) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(2 * channels))
+        self.border = nn.Parameter(torch.zeros(2 * channels, 1, 3, 3))
+        self.log_scale = nn.Parameter(torch.zeros(2 * channels))
+        self.condition = zero_linear(condition, 2 * channels) if condition else None
+
+    def statistics(self, kept: Tensor) -> Tensor:
+        scale = torch.exp(LOG_SCALE_FACTOR * self.log_scale)
+        return F.conv2d(border_mask(kept), self.border * scale[:, None, None, None], self.bias * scale)

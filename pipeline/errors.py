@@ -1,0 +1,77 @@
+"""The one exception tree: every refusal says what, where and what to do, and carries its exit code."""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """A refusal a person can act on.
+
+    `what` is the finding, `where` the file, key or host it was found in, `cure` what to do about it.
+    `str(error)` is one line; `exit_code` is the documented exit code of the command that meets it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", cure: str = "") -> None:
+        self.what, self.where, self.cure = what, where, cure
+        super().__init__(what, where, cure)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f"; {self.cure}" if self.cure else ""
+        return " ".join(f"{place}{self.what}{advice}".split())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.cure)
+
+
+def _rebuild(kind: type[PipelineError], what: str, where: str, cure: str) -> PipelineError:
+    return kind(what, where=where, cure=cure)
+
+
+class UsageError(PipelineError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class ConfigError(PipelineError):
+    """The configuration, or what preflight found, cannot work."""
+
+    exit_code = 3
+
+
+class DataError(PipelineError):
+    """Bytes are not what their manifest, digest or format says."""
+
+    exit_code = 4
+
+
+class GateError(PipelineError):
+    """A model did not pass a promotion gate."""
+
+    exit_code = 5
+
+
+class ConflictError(PipelineError):
+    """Somebody else got there first: a conditional write lost, or the run belongs to another fingerprint."""
+
+    exit_code = 6
+
+
+class RemoteError(PipelineError):
+    """A remote service did not answer within its bounded retries."""
+
+    exit_code = 7
+
+
+class DivergedError(PipelineError):
+    """Training produced non-finite or exploding gradients past its bound."""
+
+    exit_code = 8
+
+
+class Interrupted(PipelineError):
+    """Stopped by SIGINT or SIGTERM after a committed checkpoint."""
+
+    exit_code = 143
