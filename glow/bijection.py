@@ -1,8 +1,8 @@
 """The contract every layer signs: invertible maps with a log-determinant, and chains of them.
 
-`forward(x, condition) -> (y, log_det)` with one `log_det` a sample, always; `inverse(y, condition) -> x`. There is no flag
-that turns one into the other and no state set by a first call. `x`, `y`: float [b, c, h, w]; `condition`: float [b, k]
-(one-hot label beside attributes) or None; `log_det`: float [b], in nats.
+`forward(x, condition) -> (y, log_det)` with one `log_det` a sample, always; `inverse(y, condition) -> x`. There is no
+flag that turns one into the other and no state set by a first call. `x`, `y`: float [b, c, h, w]; `condition`: float
+[b, k] (one-hot label beside attributes) or None; `log_det`: float [b], in nats.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Gather = Callable[[Tensor], Tensor]
 class Recomputed(NamedTuple):
     """A forward pass rebuilt from its output, ready to be differentiated.
 
-    `leaves` are channel blocks of the recovered input, each a leaf that requires grad; `y` and `log_det` depend on them.
+    `leaves` are channel blocks of the recovered input, each requires grad; `y` and `log_det` depend on them.
     """
 
     leaves: tuple[Tensor, ...]
@@ -63,8 +63,9 @@ class Bijection(nn.Module):
 class Chain(Bijection):
     """Bijections one after the other, with backward's memory on one dial.
 
-    `anchor_every`: 0 is plain autograd; n keeps the state every n members and recovers the others by inverting; the number
-    of members or more is pure inversion. `inversion_error` is the largest |recovered - kept| of the last backward.
+    `anchor_every`: 0 is plain autograd; n keeps the state every n members and recovers the others by inverting; the
+    number of members or more is pure inversion. `inversion_error` is the largest |recovered - kept| of the last
+    backward.
     """
 
     def __init__(self, *members: Bijection, **named: Bijection) -> None:

@@ -1,6 +1,6 @@
 """From 8-bit pixels to a density and back: quantisation, uniform dequantisation, keyed noise, bits per dimension.
 
-`x = floor(pixel / 2^(8 - bits)) / 2^bits - 1/2 + u / 2^bits` with u uniform in [0, 1) (Glow, section 2 and released code).
+`x = floor(pixel / 2^(8 - bits)) / 2^bits - 1/2 + u / 2^bits`, u uniform in [0, 1) (Glow, section 2; released code).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def to_pixels(x: Tensor, bits: int) -> Tensor:
 
 
 def bits_per_dim(log_prob: Tensor, dims: int, bits: int) -> Tensor:
-    """Nats of the dequantised density -> bits per dimension of the discrete image, `bits` being the bin size's share."""
+    """Nats of the dequantised density -> bits per dimension of the discrete image; `bits` is the bin size's share."""
     return bits - log_prob / (math.log(2) * dims)
 
 
 def sample_keys(seed: int, epochs: Tensor, samples: Tensor) -> Tensor:
-    """One noise key a sample: int64 [b] from a seed, epochs [b] and sample numbers [b]. No worker, no batch, no clock."""
+    """One noise key a sample, int64 [b], from a seed, epochs [b] and sample numbers [b]: no worker, batch or clock."""
     start = _mix(torch.full_like(samples, seed))
     return _mix(_mix(start + epochs) + samples)
 

@@ -1,7 +1,7 @@
 """The network inside a coupling (Glow, appendix B): 3x3, 1x1 and a zero-initialised 3x3 convolution.
 
-Every 3x3 convolution sees one channel more than its input, 1 on the padded border and 0 inside, as released: that is how
-a translation-invariant network knows where the edge is.
+Every 3x3 convolution sees one channel more than its input, 1 on the padded border and 0 inside, as released: that is
+how a translation-invariant network knows where the edge is.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class ZeroConv(nn.Module):
 class ConvConditioner(nn.Module):
     """[b, channels, h, w] (and condition [b, k]) -> [b, out_channels, h, w]; 0 at the start.
 
-    Both activation norms are folded into the convolutions before them. A condition adds a bias a channel to the first hidden
-    map through a zero-initialised linear map, so the unconditional network is the starting point.
+    Both activation norms are folded into the convolutions before them. A condition adds a bias a channel to the first
+    hidden map through a zero-initialised linear map, so the unconditional network is the starting point.
     """
 
     def __init__(self, channels: int, out_channels: int, width: int, condition: int = 0) -> None:

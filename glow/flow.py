@@ -239,8 +239,8 @@ class Glow(nn.Module):
     ) -> None:
         """Set every activation norm from microbatches of data (Glow, section 3.1).
 
-        `xs`: this worker's equal microbatches [n, c, h, w]; `gather` joins rows of moments of all workers in sample order, so
-        every worker and every number of workers ends with the same parameters.
+        `xs`: this worker's equal microbatches [n, c, h, w]; `gather` joins rows of moments of all workers in sample
+        order, so every worker and every number of workers ends with the same parameters.
         """
         nothing: list[Tensor | None] = [None] * len(xs)
         conditions = [

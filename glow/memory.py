@@ -4,10 +4,10 @@ Plain autograd keeps every hidden map of every step. A chain of bijections need 
 inverting its output, so backward walks the chain from its end and keeps the state at anchors alone (one every `every`
 steps, the chain's own input and output among them).
 
-Each step is one autograd node that takes its parameters as explicit inputs, so gradients leave as backward proceeds and
-hooks, `torch.autograd.grad` and DistributedDataParallel see them. All that forward keeps goes through
-`save_for_backward`: `torch.autograd.graph.saved_tensors_hooks` counts every byte. A coupling recovers its input from the
-same conditioner evaluation that its gradient needs, so backward costs one evaluation a step, not two.
+Each step is one autograd node that takes its parameters as explicit inputs, so gradients leave as backward proceeds
+and hooks, `torch.autograd.grad` and DistributedDataParallel see them. All that forward keeps goes through
+`save_for_backward`: `torch.autograd.graph.saved_tensors_hooks` counts every byte. A coupling recovers its input from
+the same conditioner evaluation that its gradient needs, so backward costs one evaluation a step, not two.
 """
 
 from __future__ import annotations

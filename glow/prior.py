@@ -61,7 +61,7 @@ class SplitPrior(GaussianPrior):
 
 
 class TopPrior(GaussianPrior):
-    """The prior of the last latent: a zero convolution of zeros, so a bias and what the border channel adds, as released."""
+    """The prior of the last latent: a zero convolution of zeros (a bias and the border channel's share), as released."""
 
     def __init__(self, channels: int, condition: int = 0) -> None:
         super().__init__()

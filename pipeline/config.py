@@ -1,8 +1,8 @@
 """One tree of frozen dataclasses: everything a run is made of, in TOML beside every checkpoint.
 
 Units are images: every `..._every`, `warmup` and `images` counts images seen, and `batch` is the global batch, so the
-number of workers never changes what is learned. What follows from other values (size, channels, classes, attribute count) is
-computed from the dataset's manifest.
+number of workers never changes what is learned. What follows from other values (size, channels, classes, attribute
+count) is computed from the dataset's manifest.
 """
 
 from __future__ import annotations
