@@ -1,0 +1,168 @@
+"""One run on an MLflow server: found or created, filled, ended. Knows nothing of threads, spools or training."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import TrackingConfig
+from pipeline.errors import ConflictError
+from pipeline.spool import Row
+from pipeline.storage import canonical_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """What is said about a run once, when it is opened."""
+
+    name: str
+    key: str
+    params: dict[str, str]
+    inputs: dict[str, Any]
+
+
+class MlflowRun:
+    """One run on an MLflow server, found by its key or created; every call may raise and may be repeated."""
+
+    def __init__(self, config: TrackingConfig, description: Description) -> None:
+        self.client = connect(config.uri)
+        self.run_id = find_run(self.client, config, description.name, description.key)
+        run = self.client.get_run(self.run_id)
+        self._last = {metric.key: metric.step for metric in run.to_proto().data.metrics}
+        self._shown = {
+            Path(file.path).name.split("+timestamp")[0] for file in self.client.list_artifacts(self.run_id, "images")
+        }
+        self._describe(run.data.params, description.params)
+        if description.inputs and not run.inputs.dataset_inputs:
+            self._log_input(description.inputs)
+        self.client.update_run(self.run_id, status="RUNNING")
+        self._monitor = _system_metrics(self.run_id, config.uri)
+
+    def send(self, rows: list[Row], count: int) -> None:
+        """Record metric rows that lie beyond what the run holds, and that `count` rows have been dealt with."""
+        from mlflow.entities import Metric, RunTag
+
+        metrics = [
+            Metric(key, value, row["time"], row["images"])
+            for row in rows
+            for key, value in row["metrics"].items()
+            if row["images"] > self._last.get(key, -1)
+        ]
+        self.client.log_batch(self.run_id, metrics=metrics, tags=[RunTag("spool.rows", str(count))])
+
+    def show(self, event: Row, png: bytes) -> None:
+        """Put a picture into the run's image grid unless it is there."""
+        from PIL import Image
+
+        name = f"{event['key'].replace('/', '~')}+step+{event['images']}"
+        if name not in self._shown:
+            picture = Image.open(io.BytesIO(png))
+            self.client.log_image(self.run_id, picture, key=event["key"], step=event["images"], timestamp=event["time"])
+
+    def upload(self, key: str, data: bytes) -> None:
+        """Copy a file of the run folder to the run's artifacts, replacing what is there."""
+        folder, name = os.path.split(key)
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / name).write_bytes(data)
+            self.client.log_artifact(self.run_id, str(Path(scratch) / name), folder or None)
+
+    def terminate(self, status: str) -> None:
+        """End the run and its system metrics."""
+        self._monitor.finish()
+        self.client.set_terminated(self.run_id, status)
+
+    def _describe(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
+        """Params of MLflow cannot change: what a resumed run is allowed to change becomes a tag `changed.NAME`."""
+        from mlflow.entities import Param, RunTag
+
+        params = [Param(key, value) for key, value in new.items() if key not in old]
+        tags = [RunTag(f"changed.{key}", value) for key, value in new.items() if old.get(key, value) != value]
+        for start in range(0, len(params), 100):
+            self.client.log_batch(self.run_id, params=params[start : start + 100])
+        self.client.log_batch(self.run_id, tags=tags)
+
+    def _log_input(self, inputs: Mapping[str, Any]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        digest, source = str(inputs["digest"]), redact(str(inputs.get("source", "")))
+        dataset = Dataset(
+            name=str(inputs.get("name", "dataset")),
+            digest=digest[:36],  # MLflow keeps no more; the tag below has all of it
+            source_type="s3" if source.startswith("s3:") else "local",
+            source=canonical_json({"uri": source}).decode(),
+            profile=canonical_json({key: inputs[key] for key in inputs if key not in ("name", "source")}).decode(),
+        )
+        tags = [InputTag("mlflow.data.context", "training"), InputTag("digest", digest)]
+        self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
+        self.client.set_tag(self.run_id, "data.digest", digest)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client whose calls give up after seconds; MLflow's own defaults wait for four minutes."""
+    for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
+        os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)  # MLflow offers no other way
+    from mlflow import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    uri = absolute_uri(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def absolute_uri(uri: str) -> str:
+    """A sqlite URI with a path relative to here -> with an absolute one; others as they are."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri or path.startswith("/") else f"sqlite:///{Path(path).absolute()}"
+
+
+def database_folder(uri: str) -> Path | None:
+    """The folder of a sqlite database, which also takes artifacts and the registry's ledger; None for servers."""
+    uri = absolute_uri(uri)
+    return Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:") else None
+
+
+def find_run(client: MlflowClient, config: TrackingConfig, name: str, key: str) -> str:
+    """Id of the MLflow run that carries `key`, created if there is none."""
+    experiment = _experiment(client, config)
+    found = client.search_runs([experiment], f"tags.`glow.run` = '{key}'")
+    return (found[0] if found else client.create_run(experiment, run_name=name, tags={"glow.run": key})).info.run_id
+
+
+def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
+    from mlflow.exceptions import MlflowException
+
+    folder = database_folder(config.uri)
+    location = (folder / "artifacts").as_uri() if folder else None
+    for _ in range(2):
+        if found := client.get_experiment_by_name(config.experiment):
+            return found.experiment_id
+        try:
+            return client.create_experiment(config.experiment, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+    raise ConflictError("the experiment appears and disappears", where=config.experiment)
+
+
+def redact(text: str) -> str:
+    """Text without the user and password of any URL in it."""
+    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)
+
+
+def _system_metrics(run_id: str, uri: str) -> SystemMetricsMonitor:
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=absolute_uri(uri))
+    monitor.start()
+    return monitor

@@ -1,0 +1,88 @@
+"""The spool: JSON lines beside a run that survive a kill, and a cursor that reads behind the writer."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.storage import canonical_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Row = dict[str, Any]
+
+
+class Spool:
+    """An append-only file of JSON lines, cut back to its last whole line when it is opened.
+
+    Rows survive a kill of the process (they are handed to the system one write a row, before `append` returns).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one row; threads may call this at the same time."""
+        with self._lock:
+            self._file.write(canonical_json(dict(row)))
+
+    def rows(self) -> list[Row]:
+        """Every row so far."""
+        return Cursor(self).pending()
+
+    def close(self) -> None:
+        """Append no more; reading goes on."""
+        with self._lock:
+            self._file.close()
+
+
+class Cursor:
+    """A place in a spool: what lies before it has been dealt with."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._path, self._offset = spool.path, 0
+        self.count = 0
+        """Rows before the cursor."""
+
+    def pending(self) -> list[Row]:
+        """The rows behind the cursor, oldest first; a line still being written is not one of them."""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            return [json.loads(line) for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+
+    def advance(self, rows: list[Row]) -> None:
+        """Move behind `rows`, the oldest of those pending."""
+        self._offset += sum(len(canonical_json(row)) for row in rows)
+        self.count += len(rows)
+
+
+def last_positions(rows: list[Row]) -> dict[str, int]:
+    """Metric rows -> the last position (images seen) at which each key was recorded."""
+    return {key: row["images"] for row in rows for key in row["metrics"]}
+
+
+class Means:
+    """Running means that stay on the device: `add` never waits for it, `take` transfers once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Add one observation of each key: a scalar tensor, or a number."""
+        for key, value in values.items():
+            self._sums[key] = self._sums.get(key, 0.0) + value
+            self._counts[key] = self._counts.get(key, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, as numbers; starts afresh."""
+        means = {key: float(total) / self._counts[key] for key, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means

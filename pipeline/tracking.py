@@ -1,0 +1,261 @@
+"""Tracking: rows are appended to files beside the run, and a thread carries them to MLflow, in order, once.
+
+The run folder is the truth and is readable with every server down: `metrics.jsonl` (one row a call of `log`),
+`events.jsonl` (what happened), `samples/` (pictures). MLflow is a copy of it. Training appends a line and goes on; it
+never waits for MLflow and never fails because of it.
+
+Exactly once, whatever is killed and whenever:
+
+- a key is recorded at most once per position (images seen): `log` drops what the spool already holds, so steps that a
+  resumed run makes again are not recorded again;
+- the thread asks the MLflow run for the last position of every key and sends only what lies beyond. The metrics of one
+  `log_batch` are one transaction of the store, so there is no half of a batch, and a batch sent twice carries the
+  timestamps of its rows, which the store takes for the same values. The tag `spool.rows` says how far the thread is;
+- the MLflow run is found by the tag `glow.run`, a random key kept in run.json before the first call, so a crash right
+  after its creation finds it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import TrackingConfig, TrainConfig
+from pipeline.errors import ConflictError
+from pipeline.mlflow_run import Description, MlflowRun, redact
+from pipeline.spool import Cursor, Row, Spool, last_positions
+from pipeline.storage import Storage, canonical_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PARAMS = (
+    "name",
+    "seed",
+    "data.digest",
+    "data.train",
+    "data.validation",
+    "data.bits",
+    "model",
+    "optim",
+    "memory",
+    "schedule",
+)
+"""Parts of a configuration that become MLflow params: nothing that can hold an address or a secret."""
+
+BATCH_METRICS = 900
+"""Metrics of one log_batch; MLflow refuses more than 1000."""
+
+RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0)
+"""Waits after consecutive failures to reach MLflow; the last repeats."""
+
+
+class Tracker:
+    """One run as people and MLflow see it; on ranks other than 0 every method does nothing.
+
+    `run` is the run's folder or prefix. With an empty `config.uri` only the run folder is written.
+    """
+
+    def __init__(self, run: Storage, config: TrackingConfig, name: str, rank: int = 0) -> None:
+        self._run, self._config, self._name, self._active = run, config, name, rank == 0
+        self._drain: Drain | None = None
+        if not self._active:
+            return
+        self._scratch = None if run.local else Path(tempfile.mkdtemp(prefix="glow-spool-"))
+        folder = run.local or _fetched(run, self._scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._metrics, self._events = Spool(folder / "metrics.jsonl"), Spool(folder / "events.jsonl")
+        self._recorded = last_positions(self._metrics.rows())
+        self._pictures = {(row["key"], row["images"]) for row in self._events.rows() if row["kind"] == "picture"}
+
+    def start(self, params: Mapping[str, str], inputs: Mapping[str, Any] | None = None) -> None:
+        """Open the MLflow run in the background; `inputs` are name, digest, source and samples of the dataset."""
+        if self._active and self._config.uri:
+            described = Description(
+                name=self._name, key=run_key(self._run), params=dict(params), inputs=dict(inputs or {})
+            )
+            self._drain = Drain(self._run, self._config, described, self._metrics, self._events)
+            self._drain.start()
+
+    def log(self, images: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics at a position; what is already there is dropped, a non-finite value is an event."""
+        if not self._active:
+            return
+        fresh = {key: float(value) for key, value in metrics.items() if images > self._recorded.get(key, -1)}
+        self._recorded.update(dict.fromkeys(fresh, images))
+        for key in [key for key, value in fresh.items() if not math.isfinite(value)]:
+            self.event("nonfinite", images=images, key=key, value=str(fresh.pop(key)))
+        if fresh:
+            self._metrics.append({"images": images, "time": _now(), "metrics": fresh})
+            self._notify()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Record that something happened."""
+        if self._active:
+            self._events.append({"kind": kind, "time": _now(), **fields})
+            self._notify()
+
+    def image(self, key: str, images: int, picture: Path | Image) -> None:
+        """Keep a picture as samples/images-NNNNNNNN-KEY.png and show it in MLflow's image grid."""
+        if not self._active or (key, images) in self._pictures:
+            return
+        file = f"samples/images-{images:08d}-{key}.png"
+        self._run.write(file, picture.read_bytes() if isinstance(picture, Path) else _png(picture))
+        self._pictures.add((key, images))
+        self.event("picture", key=key, images=images, file=file)
+
+    def artifact(self, key: str) -> None:
+        """Offer a file of the run folder in MLflow too."""
+        self.event("artifact", file=key)
+
+    def sync(self) -> None:
+        """Put the spool beside the run where the run is not on this machine; to be called with every checkpoint."""
+        if self._active and self._scratch is not None:
+            for spool in (self._metrics, self._events):
+                self._run.upload(spool.path, spool.path.name)
+
+    def close(self, status: str = "FINISHED", timeout: float = 20.0) -> None:
+        """Send what is left, for at most `timeout` seconds; what remains is sent by the next start of this run."""
+        if not self._active:
+            return
+        if self._drain is not None and (left := self._drain.finish(status, timeout)):
+            self._events.append({"kind": "unsent", "time": _now(), "rows": left})
+        self.sync()
+        for spool in (self._metrics, self._events):
+            spool.close()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch)
+        self._active = False
+
+    def _notify(self) -> None:
+        if self._drain is not None:
+            self._drain.wake.set()
+
+
+class Drain(threading.Thread):
+    """The thread between the spool and MLflow: connect, send, wait; a failure is an event and a longer wait."""
+
+    def __init__(
+        self, run: Storage, config: TrackingConfig, description: Description, metrics: Spool, events: Spool
+    ) -> None:
+        super().__init__(name="mlflow", daemon=True)
+        self._run, self._config, self._description, self._log = run, config, description, events
+        self._metrics, self._events = Cursor(metrics), Cursor(events)
+        self._target: MlflowRun | None = None
+        self._failures, self._status = 0, "FINISHED"
+        self.wake, self._stop_asked, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        while True:
+            self.wake.clear()
+            last = self._stop_asked.is_set()
+            self._attempt(last)
+            if last or self._abandoned.is_set():
+                return
+            if self._failures:
+                self._stop_asked.wait(RETRY_SECONDS[min(self._failures, len(RETRY_SECONDS)) - 1])
+            else:
+                self.wake.wait()
+
+    def finish(self, status: str, timeout: float) -> int:
+        """Ask for a last round, wait for it no longer than `timeout`; returns the rows that could not be sent."""
+        self._status = status
+        self._stop_asked.set()
+        self.wake.set()
+        self.join(timeout)
+        self._abandoned.set()
+        return len(self._metrics.pending())
+
+    def _attempt(self, last: bool) -> None:
+        try:
+            if self._target is None:
+                self._target = MlflowRun(self._config, self._description)
+                _remember(self._run, self._target.run_id)
+            self._send(self._target)
+            if last:
+                self._target.terminate(self._status)
+            self._failures = 0
+        except Exception as error:  # noqa: BLE001 whatever MLflow, its transport or its database raise, training goes on
+            self._failures += 1
+            if self._failures == 1 and not self._abandoned.is_set():
+                text = f"{type(error).__name__}: {redact(str(error))[:300]}"
+                self._log.append({"kind": "mlflow unreachable", "time": _now(), "error": text})
+
+    def _send(self, target: MlflowRun) -> None:
+        while rows := _portion(self._metrics.pending()):
+            target.send(rows, self._metrics.count + len(rows))
+            self._metrics.advance(rows)
+        for event in self._events.pending():
+            if event["kind"] == "picture":
+                target.show(event, self._run.read(event["file"]))
+            elif event["kind"] == "artifact":
+                target.upload(event["file"], self._run.read(event["file"]))
+            self._events.advance([event])
+
+
+def run_key(run: Storage) -> str:
+    """The random key of a run in its run.json, made on the first call."""
+    if not run.exists("run.json"):
+        try:
+            run.create("run.json", canonical_json({"schema": 1, "key": secrets.token_hex(16)}))
+        except ConflictError:
+            return run_key(run)
+    return json.loads(run.read("run.json"))["key"]
+
+
+def flat_params(config: TrainConfig) -> dict[str, str]:
+    """The allow-listed part of a configuration as flat `a.b.c` -> text."""
+    leaves = _leaves(dataclasses.asdict(config))
+    return {key: str(value) for key, value in leaves if any(f"{key}.".startswith(f"{name}.") for name in PARAMS)}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _remember(run: Storage, run_id: str) -> None:
+    known = json.loads(run.read("run.json"))
+    if known.get("run_id") != run_id:
+        run.write("run.json", canonical_json(known | {"run_id": run_id}))
+
+
+def _fetched(run: Storage, scratch: Path | None) -> Path:
+    assert scratch is not None
+    for key in ("metrics.jsonl", "events.jsonl"):
+        if run.exists(key):
+            run.download(key, scratch / key)
+    return scratch
+
+
+def _portion(rows: list[Row]) -> list[Row]:
+    """As many of the oldest rows as one log_batch takes, at least one."""
+    total = 0
+    for taken, row in enumerate(rows):
+        total += len(row["metrics"])
+        if total > BATCH_METRICS and taken:
+            return rows[:taken]
+    return rows
+
+
+def _png(picture: Image) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, "png")
+    return data.getvalue()
+
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000
