@@ -8,7 +8,8 @@ flag that turns one into the other and no state set by a first call. `x`, `y`: f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ class Recomputed(NamedTuple):
     leaves: tuple[Tensor, ...]
     y: Tensor
     log_det: Tensor
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[Any]:
+    """Keep what follows out of autocast: only conditioners may run in a lower precision than the stream."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class Bijection(nn.Module):

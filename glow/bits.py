@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,8 +22,13 @@ def quantize(pixels: Tensor, bits: int) -> Tensor:
 
 
 def dequantize(pixels: Tensor, bits: int, noise: Tensor) -> Tensor:
-    """uint8 [b, c, h, w] and noise in [0, 1) of that shape -> float in [-1/2, 1/2)."""
-    return (quantize(pixels, bits) + noise) / 2**bits - 0.5
+    """uint8 [b, c, h, w] and noise in [0, 1) of that shape -> float in [-1/2, 1/2).
+
+    The noise is cut to the grid of 2^-24 that float32 carries exactly over the whole range: otherwise a sum near the
+    upper edge of a bin rounds into the next one.
+    """
+    grid = 2.0 ** (24 - bits)
+    return (quantize(pixels, bits) + (noise * grid).floor() / grid) / 2**bits - 0.5
 
 
 def to_pixels(x: Tensor, bits: int) -> Tensor:
@@ -51,7 +57,8 @@ def keyed_uniform(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def keyed_normal(keys: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal float32 [b, *shape] by the inverse distribution function of keyed uniforms."""
-    return torch.special.ndtri(keyed_uniform(keys, shape).double() + 2.0**-25).float()
+    uniform = keyed_uniform(keys, shape).double() + 2.0**-25
+    return cast(Tensor, torch.special.ndtri(uniform)).float()  # pyright: ignore[reportUnknownMemberType]
 
 
 def _mix(z: Tensor) -> Tensor:

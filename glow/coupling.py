@@ -30,8 +30,11 @@ class Coupling(Bijection):
         self.conditioner = ConvConditioner(channels // 2, outputs, width, condition)
 
     def shift_and_log_scale(self, x1: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """What both directions apply to the second half: shift [b, c/2, h, w] and log scale (None: 0)."""
-        out = self.conditioner(x1, condition)
+        """What both directions apply to the second half: shift [b, c/2, h, w] and log scale (None: 0).
+
+        The network may run in a lower precision (autocast); what it says is applied in the stream's.
+        """
+        out = self.conditioner(x1, condition).to(x1.dtype)
         if self.kind == "additive":
             return out, None
         return out[:, 0::2], F.logsigmoid(out[:, 1::2] + SIGMOID_SHIFT)

@@ -116,7 +116,8 @@ class Glow(nn.Module):
         super().__init__()
         _refuse_impossible(config)
         self.config = config
-        channels, levels = config.channels, []
+        channels = config.channels
+        levels: list[Level] = []
         for index in range(config.levels):
             last = index == config.levels - 1
             levels.append(Level(4 * channels, config, last))
@@ -133,7 +134,7 @@ class Glow(nn.Module):
 
     def latent_shapes(self) -> list[tuple[int, int, int]]:
         """(c, h, w) of every level's latent, first level first; their sizes add to `dims`."""
-        shapes = []
+        shapes: list[tuple[int, int, int]] = []
         channels, side = self.config.channels, self.config.size
         for level in self:
             channels, side = 4 * channels, side // 2
@@ -171,7 +172,9 @@ class Glow(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         self._refuse_shape(x)
         condition = self.condition(len(x), label, attributes, x)
-        latents, priors, log_det = [], [], x.new_zeros(len(x))
+        latents: list[Tensor] = []
+        priors: list[Tensor] = []
+        log_det = x.new_zeros(len(x))
         for level in self:
             x, eps, log_prior, term = level(x, condition)
             latents.append(eps)
@@ -215,7 +218,8 @@ class Glow(nn.Module):
 
     def condition(self, count: int, label: Tensor | None, attributes: Tensor | None, like: Tensor) -> Tensor | None:
         """The condition vector [count, classes + attributes], unknowns 0; None for an unconditional model."""
-        config, parts = self.config, []
+        config = self.config
+        parts: list[Tensor] = []
         if config.classes > 0:
             label = torch.full((count,), -1, device=like.device) if label is None else label
             parts.append(F.one_hot(label + 1, config.classes + 1)[:, 1:].to(like))
@@ -224,7 +228,8 @@ class Glow(nn.Module):
             parts.append(known)
         if not parts:
             return None
-        if any(len(part) != count for part in parts) or sum(part.shape[1] for part in parts) != config.condition_size:
+        sizes = [size for size in (config.classes, config.attributes) if size > 0]
+        if any(part.shape != (count, size) for part, size in zip(parts, sizes, strict=True)):
             shapes = [tuple(part.shape) for part in parts]
             raise ValueError(f"condition of shapes {shapes} for {count} images and {config.condition_size} values each")
         return torch.cat(parts, dim=1)
@@ -261,5 +266,7 @@ class Glow(nn.Module):
 def _refuse_impossible(config: GlowConfig) -> None:
     if config.size <= 0 or config.channels <= 0:
         raise ValueError("size and channels must be given: 0 stands for 'from the data' in configurations alone")
+    if min(config.levels, config.steps, config.width) < 1:
+        raise ValueError("levels, steps and width must be 1 or more")
     if config.size % 2**config.levels:
         raise ValueError(f"size {config.size} is not divisible by 2^{config.levels}: lower levels or resize")

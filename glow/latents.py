@@ -12,7 +12,7 @@ from glow.bits import keyed_normal, sample_keys
 
 def latents_of_seeds(seeds: Tensor, shapes: Sequence[tuple[int, int, int]], temperature: float = 1.0) -> list[Tensor]:
     """Latents of every level for int64 seeds [b]: a seed draws the same latents in any batch, on any device."""
-    latents = []
+    latents: list[Tensor] = []
     for level, shape in enumerate(shapes):
         keys = sample_keys(level, torch.zeros_like(seeds), seeds)
         latents.append(temperature * keyed_normal(keys, shape))

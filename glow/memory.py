@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 if TYPE_CHECKING:
     from glow.bijection import Bijection
@@ -32,6 +33,10 @@ class Tape:
         self.error: Tensor | None = None
         self.note_error = note_error
 
+    def start(self) -> None:
+        """Open a backward pass: one that stopped half-way (gradients of late parameters alone) left its state here."""
+        self.state = self.condition = self.error = None
+
     def compare(self, kept: Tensor) -> None:
         """Measure the recovered state against the kept one, without waiting for the device."""
         if self.state is not None:
@@ -43,7 +48,16 @@ class Tape:
         self.compare(kept_input)
         if self.error is not None:
             self.note_error(self.error)
-        self.state = self.condition = self.error = None
+        self.start()
+
+
+class Place(NamedTuple):
+    """Where in its chain a member stands."""
+
+    first: bool
+    last: bool
+    keep: bool
+    """Its output is an anchor."""
 
 
 def anchored(
@@ -58,9 +72,10 @@ def anchored(
     log_det = x.new_zeros(x.shape[0])
     last = len(members) - 1
     for index, member in enumerate(members):
-        keep = (last - index) % every == 0
+        place = Place(first=index == 0, last=index == last, keep=(last - index) % every == 0)
         trained = [p for p in member.parameters() if p.requires_grad]
-        x, log_det = _Link.apply(tape, member, keep, index == 0, x, log_det, condition, *trained)  # type: ignore[misc]
+        linked = _Link.apply(tape, member, place, x, log_det, condition, *trained)  # pyright: ignore
+        x, log_det = cast("tuple[Tensor, Tensor]", linked)
     return x, log_det
 
 
@@ -72,37 +87,39 @@ class _Link(torch.autograd.Function):
         ctx: Any,
         tape: Tape,
         member: Bijection,
-        keep: bool,
-        first: bool,
+        place: Place,
         x: Tensor,
         log_det: Tensor,
         condition: Tensor | None,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
         y, term = member(x, condition)
-        ctx.tape, ctx.member, ctx.keep, ctx.first = tape, member, keep, first
+        ctx.tape, ctx.member, ctx.place = tape, member, place
         ctx.versions = tuple(p._version for p in trained)
         ctx.autocast = _autocast_of(x)
-        ctx.save_for_backward(*([y, condition] if keep else ()), *([x] if first else ()))
+        ctx.save_for_backward(*([y, condition] if place.keep else ()), *([x] if place.first else ()))
         return y, log_det + term
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_y, grad_log_det = grads
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        grad_y, grad_log_det = grad_outputs
         tape, saved = ctx.tape, ctx.saved_tensors
         trained = [p for p in ctx.member.parameters() if p.requires_grad]
         if ctx.versions != tuple(p._version for p in trained):
             raise RuntimeError("a parameter changed between forward and backward: its step can no longer be inverted")
-        if ctx.keep:
+        if ctx.place.last:
+            tape.start()
+        if ctx.place.keep:
             tape.compare(saved[0])
             tape.state, tape.condition = saved[0], saved[1]
         with _restored(ctx.autocast):
             tape.state, grad_x, grad_condition, found = _pull_back(
-                ctx.member, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[6]
+                ctx.member, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[5]
             )
-        if ctx.first:
+        if ctx.place.first:
             tape.finish(saved[-1])
-        return None, None, None, None, grad_x, grad_log_det, grad_condition, *(found.get(id(p)) for p in trained)
+        return None, None, None, grad_x, grad_log_det, grad_condition, *(found.get(id(p)) for p in trained)
 
 
 def _pull_back(
@@ -118,12 +135,14 @@ def _pull_back(
             leaves, again, log_det = part.recompute(y, leaf)
         inputs = [*leaves, *trained, *([leaf] if wants_condition and leaf is not None else [])]
         outputs = [(o, g) for o, g in ((again, grad_y), (log_det, grad_log_det)) if o.requires_grad]
-        grads = torch.autograd.grad([o for o, _ in outputs], inputs, [g for _, g in outputs], allow_unused=True)
+        found_here = torch.autograd.grad([o for o, _ in outputs], inputs, [g for _, g in outputs], allow_unused=True)
+        grads = cast("tuple[Tensor | None, ...]", found_here)
         y = _join([block.detach() for block in leaves])
         grad_y = _join([g if g is not None else torch.zeros_like(b) for g, b in zip(grads, leaves, strict=False)])
-        found.update(zip(map(id, trained), grads[len(leaves) :], strict=False))
-        if wants_condition and grads[-1] is not None:
-            grad_condition = grads[-1] if grad_condition is None else grad_condition + grads[-1]
+        for parameter, grad in zip(trained, grads[len(leaves) :], strict=False):
+            found[id(parameter)] = _sum(found.get(id(parameter)), grad)
+        if wants_condition:
+            grad_condition = _sum(grad_condition, grads[-1])
     return y, grad_y, grad_condition, found
 
 
@@ -134,6 +153,11 @@ def part_list(member: Bijection) -> list[Bijection]:
 
 def _join(blocks: Sequence[Tensor]) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(list(blocks), dim=1)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, None standing for 0."""
+    return a if b is None else b if a is None else a + b
 
 
 def _autocast_of(x: Tensor) -> tuple[str, torch.dtype] | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glow.bijection import Bijection, Gather
+from glow.bijection import Bijection, Gather, full_precision
 from glow.norm import ActNorm
 
 MixingKind = Literal["lu", "dense", "reverse", "shuffle"]
@@ -28,10 +28,12 @@ class Mixing(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         log_det = x.shape[2] * x.shape[3] * self.log_det_per_pixel()
-        return F.conv2d(x, self.matrix()[:, :, None, None]), log_det.expand(x.shape[0])
+        with full_precision(x):
+            return F.conv2d(x, self.matrix()[:, :, None, None]), log_det.expand(x.shape[0])
 
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
-        return F.conv2d(y, inverted(self.matrix())[:, :, None, None])
+        with full_precision(y):
+            return F.conv2d(y, inverted(self.matrix())[:, :, None, None])
 
 
 class DenseMixing(Mixing):
@@ -45,7 +47,7 @@ class DenseMixing(Mixing):
         return self.weight
 
     def log_det_per_pixel(self) -> Tensor:
-        return torch.linalg.slogdet(self.weight).logabsdet
+        return torch.slogdet(self.weight).logabsdet
 
 
 class LUMixing(Mixing):
@@ -56,7 +58,9 @@ class LUMixing(Mixing):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        permutation, lower, upper = torch.linalg.lu(random_rotation(channels))
+        rotation = random_rotation(channels)
+        factors = torch.linalg.lu(rotation)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        permutation, lower, upper = cast("tuple[Tensor, Tensor, Tensor]", factors)
         diagonal = upper.diagonal()
         self.lower = nn.Parameter(lower.tril(-1))
         self.upper = nn.Parameter(upper.triu(1))
@@ -100,15 +104,17 @@ class NormedMixing(Bijection):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         scale, shift = self.norm.scale_and_shift()
-        matrix = self.mixing.matrix()
-        y = F.conv2d(x, (matrix * scale)[:, :, None, None], matrix @ shift)
+        with full_precision(x):
+            matrix = self.mixing.matrix()
+            y = F.conv2d(x, (matrix * scale)[:, :, None, None], matrix @ shift)
         log_det = x.shape[2] * x.shape[3] * (self.norm.log_det_per_pixel() + self.mixing.log_det_per_pixel())
         return y, log_det.expand(x.shape[0])
 
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
         scale, _ = self.norm.scale_and_shift()
-        matrix = inverted(self.mixing.matrix()) / scale[:, None]
-        return F.conv2d(y, matrix[:, :, None, None], -self.norm.bias)
+        with full_precision(y):
+            matrix = inverted(self.mixing.matrix()) / scale[:, None]
+            return F.conv2d(y, matrix[:, :, None, None], -self.norm.bias)
 
     def initialize(self, xs: Sequence[Tensor], conditions: Sequence[Tensor | None], gather: Gather) -> list[Tensor]:
         self.norm.set_from(xs, gather)
@@ -124,9 +130,10 @@ def make_mixing(kind: MixingKind, channels: int) -> Mixing:
 
 def random_rotation(channels: int) -> Tensor:
     """A random orthogonal matrix [c, c] from the default generator, computed in float64."""
-    return torch.linalg.qr(torch.randn(channels, channels, dtype=torch.float64)).Q.to(torch.get_default_dtype())
+    normal = torch.randn(channels, channels, dtype=torch.float64)
+    return torch.orgqr(*torch.geqrf(normal)).to(torch.get_default_dtype())
 
 
 def inverted(matrix: Tensor) -> Tensor:
     """The inverse, computed in float64: round-trip error is then that of the product alone."""
-    return torch.linalg.inv(matrix.double()).to(matrix.dtype)
+    return torch.inverse(matrix.double()).to(matrix.dtype)

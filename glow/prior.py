@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glow.bijection import full_precision
 from glow.conditioner import ZeroConv, border_mask, zero_linear
 from glow.norm import LOG_SCALE_FACTOR
 
@@ -31,9 +32,10 @@ class GaussianPrior(nn.Module):
 
     def mean_and_log_std(self, kept: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Both [b or 1, c, h, w]; the condition moves every channel by a learned amount, equal in space."""
-        out = self.statistics(kept)
-        if self.condition is not None and condition is not None:
-            out = out + self.condition(condition)[:, :, None, None]
+        with full_precision(kept):
+            out = self.statistics(kept)
+            if self.condition is not None and condition is not None:
+                out = out + self.condition(condition)[:, :, None, None]
         return out[:, 0::2], out[:, 1::2]
 
     def normalize(self, z: Tensor, kept: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -61,7 +63,7 @@ class SplitPrior(GaussianPrior):
 
 
 class TopPrior(GaussianPrior):
-    """The prior of the last latent: a zero convolution of zeros (a bias and the border channel's share), as released."""
+    """The prior of the last latent: a zero convolution of zeros (a bias and the border's share), as released."""
 
     def __init__(self, channels: int, condition: int = 0) -> None:
         super().__init__()
