@@ -16,26 +16,22 @@ MIN_STD = 1e-3
 """Smallest standard deviation initialisation divides by, so that a dead channel is not blown up."""
 
 
-def channel_moments(xs: Iterable[Tensor], gather: Gather) -> tuple[Tensor, Tensor]:
+def channel_moments(xs: Iterable[Tensor], channels: int, gather: Gather) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation of every channel over all microbatches of all workers, float64 [c].
 
     Sums of each microbatch are taken in float64 and added in sample order: the result does not depend on the workers.
     """
     rows: list[Tensor] = []
-    count = 0
     for x in xs:
-        here = x.shape[0] * x.shape[2] * x.shape[3]
-        if rows and here != count:
-            raise ValueError(f"microbatches of {count} and {here} values a channel: initialisation needs equal ones")
-        count = here
         wide = x.double()
-        rows.append(torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3))]))
-    table = gather(torch.stack(rows))
+        count = torch.full_like(wide[0, :, 0, 0], x.shape[0] * x.shape[2] * x.shape[3])
+        rows.append(torch.stack([wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), count]))
+    table = gather(torch.stack(rows) if rows else torch.zeros(0, 3, channels, dtype=torch.float64))
     total = torch.zeros_like(table[0])
     for row in table:
         total = total + row
-    mean = total[0] / (count * len(table))
-    return mean, (total[1] / (count * len(table)) - mean.square()).clamp_min(0).sqrt()
+    mean = total[0] / total[2]
+    return mean, (total[1] / total[2] - mean.square()).clamp_min(0).sqrt()
 
 
 class ActNorm(Bijection):
@@ -67,7 +63,7 @@ class ActNorm(Bijection):
     @torch.no_grad()
     def set_from(self, xs: Iterable[Tensor], gather: Gather) -> None:
         """Make the output of these microbatches [n, c, h, w] zero mean and unit variance in every channel."""
-        mean, std = channel_moments(xs, gather)
+        mean, std = channel_moments(xs, len(self.bias), gather)
         self.bias.copy_(-mean)
         self.log_scale.copy_(-std.clamp_min(MIN_STD).log() / LOG_SCALE_FACTOR)
 

@@ -1,0 +1,172 @@
+"""What learns: a model, its optimiser, averaged weights and guard, moved one global batch at a time.
+
+Everything that must survive a restart is in `tensors()` and `state()`; noise is keyed by (seed, epoch, sample), so there is
+no generator to save and the position in the stream is the only other state of a run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glow import Glow, bits_per_dim, dequantize, keyed_uniform, sample_keys
+from pipeline.config import TrainConfig
+from pipeline.gradients import Gradients
+from pipeline.manifest import Manifest
+from pipeline.optim import (
+    Ema,
+    Guard,
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+    set_rate,
+)
+from pipeline.spool import Means
+from pipeline.stream import Batch, Stream
+from pipeline.world import World, gather_ordered
+
+INIT_LEAF = 32
+"""Images whose moments are added up at a time in data-dependent initialisation."""
+
+
+def build_model(config: TrainConfig) -> Glow:
+    """The model of a resolved configuration with its initial weights: a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return Glow(config.model)
+
+
+class Examples:
+    """Turns stored batches into what the model is given: dequantised pixels, label, attributes it is conditioned on."""
+
+    def __init__(self, config: TrainConfig, manifest: Manifest, device: torch.device) -> None:
+        self._bits, self._device = config.data.bits, device
+        self._columns = [manifest.attributes.index(name) for name in manifest.editable]
+        self._labelled, self._described = config.model.classes > 0, config.model.attributes > 0
+
+    def of(self, batch: Batch, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(x [b, c, h, w] in [-1/2, 1/2), label [b] or None, attributes [b, A] or None) of some rows."""
+        pixels = batch.pixels[rows].to(self._device, non_blocking=True)
+        keys = sample_keys(seed, batch.epochs[rows], batch.samples[rows]).to(self._device)
+        x = dequantize(pixels, self._bits, keyed_uniform(keys, tuple(pixels.shape[1:])))
+        label = batch.labels[rows].to(self._device) if self._labelled else None
+        attributes = batch.attributes[rows][:, self._columns].to(self._device) if self._described else None
+        return x, label, attributes
+
+
+class Learner:
+    """One worker's share of learning; after every step all workers hold the same weights."""
+
+    def __init__(self, config: TrainConfig, world: World, examples: Examples) -> None:
+        self.config, self.world, self._examples = config, world, examples
+        self.model = build_model(config).to(world.device)
+        self.model.set_anchors(config.memory.anchor_every)
+        parameters = list(self.model.parameters())
+        schedule = config.schedule
+        self._gradients = Gradients(parameters, world, schedule.batch // schedule.leaf, schedule.reduction)
+        self.optimizer = make_optimizer(parameters, config.optim)
+        self.ema = self._fresh_average()
+        self.guard = Guard(config.optim)
+        self.images, self.step = 0, 0
+        self.means = Means()
+
+    @property
+    def rows(self) -> slice:
+        """This worker's rows of every global batch."""
+        own, leaf = self._gradients.own, self.config.schedule.leaf
+        return slice(own.start * leaf, own.stop * leaf)
+
+    def initialize(self, stream: Stream) -> None:
+        """Set the activation norms from the first images of the stream; the same weights for any number of workers."""
+        leaves = max(1, self.config.schedule.init_images // INIT_LEAF)
+        own = range(self.world.rank * leaves // self.world.size, (self.world.rank + 1) * leaves // self.world.size)
+        rows = [self._examples.of(batch, self.config.seed) for batch in _microbatches(stream, own)]
+        xs, labels, attributes = zip(*rows, strict=True) if rows else ((), (), ())
+        self.model.initialize(xs, labels, attributes, gather=lambda table: gather_ordered(self.world, table))
+        self.ema = self._fresh_average()
+
+    def learn(self, batch: Batch) -> None:
+        """Take one step; `batch` holds this worker's rows of the global batch."""
+        config = self.config
+        gradient = self._gradients.of(lambda leaf: self._loss(batch, leaf))
+        norm = float(torch.linalg.vector_norm(gradient))
+        rate = learning_rate(config.optim, self.images, config.schedule.images)
+        if self.guard.check(norm):
+            if 0 < config.optim.clip < norm:
+                gradient.mul_(config.optim.clip / norm)
+            set_rate(self.optimizer, rate)
+            self.optimizer.step()
+            self.ema.update()
+        self.images += config.schedule.batch
+        self.step += 1
+        self.means.add({"train/grad_norm": norm, "train/lr": rate} if math.isfinite(norm) else {})
+
+    def _loss(self, batch: Batch, leaf: int) -> Tensor:
+        """A leaf's share of the batch's mean bits per dimension."""
+        size = self.config.schedule.leaf
+        start = (leaf - self._gradients.own.start) * size
+        x, label, attributes = self._examples.of(batch, self.config.seed, slice(start, start + size))
+        terms = self.model.terms(x, label, attributes)
+        bits, dims = self.config.data.bits, self.model.dims
+        loss = bits_per_dim(terms.log_prob, dims, bits)
+        per_dim = -1 / (dims * math.log(2))
+        self.means.add(
+            {
+                "train/bits_per_dim": loss.detach().mean(),
+                "train/log_det_bpd": terms.log_det.detach().mean() * per_dim,
+                "train/prior_bpd": sum(terms.priors).detach().mean() * per_dim,
+            }
+        )
+        return loss.sum() / self.config.schedule.batch
+
+    def figures(self) -> dict[str, float]:
+        """Means since the last call over all workers; collective."""
+        error = self.model.inversion_error()
+        own = self.means.take() | ({} if error is None else {"train/inversion_error": float(error)})
+        names = sorted(own)
+        table = gather_ordered(self.world, torch.tensor([[own[name] for name in names]], dtype=torch.float64))
+        return dict(zip(names, table.mean(0).tolist(), strict=True)) | {"ft/skipped": float(self.guard.skipped)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything large a checkpoint keeps: weights, averaged weights, optimiser moments."""
+        things = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optim": optimizer_tensors(self.optimizer, self.model),
+        }
+        return {f"{thing}/{name}": tensor for thing, named in things.items() for name, tensor in named.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Everything small a checkpoint keeps."""
+        return {"images": self.images, "step": self.step, "guard": self.guard.state_dict()}
+
+    def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue exactly where `tensors()` and `state()` were taken."""
+        self.model.load_state_dict(_below(tensors, "model/"))
+        self.ema.load_state_dict(_below(tensors, "ema/"))
+        load_optimizer_tensors(self.optimizer, self.model, _below(tensors, "optim/"))
+        self.guard.load_state_dict(state["guard"])
+        self.images, self.step = state["images"], state["step"]
+
+
+    def _fresh_average(self) -> Ema:
+        return Ema(self.model, halflife=self.config.optim.ema_halflife, batch=self.config.schedule.batch)
+
+
+def averaged_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint as a state_dict of the model: averages where there are, buffers as they are."""
+    return _below(tensors, "model/") | _below(tensors, "ema/average/")
+
+
+def _microbatches(stream: Stream, own: Sequence[int]) -> Iterator[Batch]:
+    for index in own:
+        yield stream.fetch(torch.arange(index * INIT_LEAF, (index + 1) * INIT_LEAF).numpy())
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

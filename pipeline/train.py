@@ -1,0 +1,197 @@
+"""THE loop: the same under plain python, torchrun and Ray Train.
+
+To resume a run, run the same command again: the last committed checkpoint decides where it goes on. The loop is given
+`report` and does not know who listens.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from pipeline.checkpoint import load_latest, save
+from pipeline.config import TrainConfig, fingerprint, refuse_impossible, write_config
+from pipeline.errors import ConfigError, Interrupted
+from pipeline.evaluate import validation_bits
+from pipeline.learner import Examples, Learner
+from pipeline.manifest import Manifest, open_manifest
+from pipeline.order import Order, Sequential
+from pipeline.storage import open_storage
+from pipeline.stream import Batch, Stream
+from pipeline.tracking import Tracker, flat_params
+from pipeline.world import World, any_rank, joined, on_first
+
+Report = Callable[[dict[str, float]], None]
+"""Told the figures of every status line, on rank 0."""
+
+
+def run(config: TrainConfig, report: Report = lambda figures: None) -> dict[str, float]:
+    """Train as the worker the environment names (RANK, WORLD_SIZE as torchrun and Ray set them, or alone)."""
+    refuse_impossible(config)
+    torch.set_num_threads(config.cluster.threads)
+    world = World.from_environment(config.cluster.gpu)
+    with joined(world):
+        manifest = open_manifest(open_storage(config.data.prefix))
+        config = resolved(config, manifest)
+        tracker = Tracker(open_storage(config.storage).sub(config.name), config.tracking, config.name, world.rank)
+        try:
+            return train(config, manifest, world, tracker, report)
+        except BaseException as error:
+            tracker.event("stopped", reason=f"{type(error).__name__}: {error}")
+            tracker.close("FAILED")
+            raise
+
+
+def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
+    """The configuration with everything that follows from the data filled in; ConfigError where the two disagree."""
+    if config.data.digest not in ("", manifest.digest):
+        found = f"the dataset's digest is {manifest.digest[:12]}, the run is pinned to {config.data.digest[:12]}"
+        raise ConfigError(found, where=manifest.storage.url, cure="train under another name, or bring the dataset back")
+    follows = {
+        "size": manifest.size,
+        "channels": manifest.channels,
+        "classes": len(manifest.labels),
+        "attributes": len(manifest.editable),
+    }
+    for name, value in follows.items():
+        asked = getattr(config.model, name)
+        if asked not in (0, -1, value):
+            raise ConfigError(f"model.{name} is {asked}, the data has {value}", cure=f"leave model.{name} at 0")
+        follows[name] = 0 if asked == -1 else value
+    model = replace(config.model, **follows)
+    return replace(config, model=model, data=replace(config.data, digest=manifest.digest))
+
+
+def train(config: TrainConfig, manifest: Manifest, world: World, tracker: Tracker, report: Report) -> dict[str, float]:
+    """Learn until `schedule.images`; returns the last figures. Collective: every rank calls it with equal arguments.
+
+    Raises `Interrupted` after a committed checkpoint on SIGTERM or SIGINT, `ConflictError` where the run folder belongs
+    to another fingerprint, `DivergedError` after too many skipped updates.
+    """
+    schedule, folder = config.schedule, open_storage(config.storage).sub(config.name)
+    identity = fingerprint(config, manifest.digest)
+    learner = Learner(config, world, examples := Examples(config, manifest, world.device))
+    loaded = load_latest(folder, world, identity, on_event=lambda text: tracker.event("checkpoint", text=text))
+    on_first(world, lambda: folder.write("config.toml", write_config(config).encode()))
+    tracker.start(flat_params(config), {"name": config.name, "source": manifest.storage.url, "digest": manifest.digest})
+    figures: dict[str, float] = {}
+    with opened(config, manifest, world) as (stream, unseen), stop_asked() as asked:
+        if loaded is None:
+            learner.initialize(stream)
+            figures |= look(learner, examples, unseen, tracker)
+        else:
+            learner.restore(loaded.tensors, loaded.state)
+            tracker.event("resumed", images=learner.images)
+        pace = Pace(learner.images, schedule.images)
+        batches = pace.timed(stream.batches(learner.images, schedule.batch, learner.rows))
+        while learner.images < schedule.images:
+            learner.learn(next(batches))
+            last, stopping = learner.images >= schedule.images, any_rank(world, bool(asked))
+            saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
+            speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
+            if speaking:
+                figures |= learner.figures() | pace.figures(learner.images)
+                tracker.log(learner.images, figures)
+            if last or due(learner.images, config.evaluate.every, schedule.batch):
+                figures |= look(learner, examples, unseen, tracker)
+            if saving:
+                tensors, state = learner.tensors(), learner.state()
+                save(folder, world, learner.step, learner.images, identity, tensors, state, keep=schedule.keep)
+                tracker.sync()
+            if speaking and world.rank == 0:
+                report({"images": float(learner.images)} | figures)
+            if stopping and not last:
+                cure = "run the same command again to go on"
+                raise Interrupted(f"stopped after a checkpoint at {learner.images} images", where=folder.url, cure=cure)
+    tracker.close()
+    return {"images": float(learner.images)} | figures
+
+
+def due(images: int, every: int, batch: int) -> bool:
+    """Whether the batch that ended at `images` passed a multiple of `every`."""
+    return images // every > (images - batch) // every
+
+
+def look(learner: Learner, examples: Examples, unseen: Stream, tracker: Tracker) -> dict[str, float]:
+    """Judge the averaged weights on validation images and draw fixed seeds; collective over ranks."""
+    config, model = learner.config, learner.model
+    count = min(config.evaluate.images, unseen.samples)
+    with learner.ema.swapped(model):
+        bits = validation_bits(model, examples, unseen, learner.world, count, config.data.bits)
+        if learner.world.rank == 0:
+            for temperature in config.evaluate.temperatures:
+                picture = training_grid(model, config, temperature)
+                tracker.image(f"samples-t{temperature:.2f}", learner.images, picture)
+    figures = {"val/bits_per_dim": float(bits.mean())}
+    tracker.log(learner.images, figures)
+    return figures
+
+
+@contextmanager
+def opened(config: TrainConfig, manifest: Manifest, world: World) -> Iterator[tuple[Stream, Stream]]:
+    """The training stream in its shuffled order and the validation stream in its natural one."""
+    learned, held_out = manifest.split(config.data.train), manifest.split(config.data.validation)
+    cache = Path(config.data.cache) if config.data.cache else Path.home() / ".cache" / "glow-pipeline"
+    room = int(config.data.cache_gb * 1e9)
+    shuffled = Order([shard.samples for shard in learned.shards], config.schedule.batch, config.seed)
+    natural = Sequential([shard.samples for shard in held_out.shards])
+    stream = Stream(manifest.storage, manifest, learned, shuffled, cache, room)
+    unseen = Stream(manifest.storage, manifest, held_out, natural, cache, room)
+    try:
+        yield stream, unseen
+    finally:
+        stream.close()
+        unseen.close()
+
+
+@contextmanager
+def stop_asked() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of dying of them: the loop stops after a checkpoint. Main thread only."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+
+    def note(number: int, _: FrameType | None) -> None:
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Pace:
+    """How fast images go by, how much of that is waiting for data, and when the last one is due."""
+
+    def __init__(self, images: int, total: int) -> None:
+        self._images, self._total = images, total
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; time spent waiting for them is counted."""
+        while True:
+            start = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - start
+            if batch is None:
+                return
+            yield batch
+
+    def figures(self, images: int) -> dict[str, float]:
+        """Since the last call: images a second, share of time waiting for data, seconds to go."""
+        spent = max(time.monotonic() - self._since, 1e-9)
+        speed, wait = (images - self._images) / spent, 100 * self._waited / spent
+        self._images, self._since, self._waited = images, time.monotonic(), 0.0
+        left = (self._total - images) / speed if speed else 0.0
+        return {"perf/images_per_s": speed, "perf/data_wait_pct": wait, "perf/eta_s": left}
