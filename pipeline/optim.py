@@ -146,22 +146,26 @@ class Ema:
     takes the weights as they are. Float buffers are averaged like parameters; others are the model's.
     """
 
-    def __init__(self, model: nn.Module, *, halflife: float, batch: int) -> None:
+    def __init__(self, model: nn.Module, halflife: float, batch: int) -> None:
         self._decay = 0.5 ** (batch / halflife)
-        self._live = _float_tensors(model)
-        self._average = {name: tensor.detach().clone() for name, tensor in self._live.items()}
+        self._average = {name: tensor.detach().clone() for name, tensor in _float_tensors(model).items()}
+        self.updates = 0
+
+    def reset(self, model: nn.Module) -> None:
+        """Start again from the model's present weights, as after data-dependent initialisation."""
+        _copy(_float_tensors(model), self._average)
         self.updates = 0
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, model: nn.Module) -> None:
         """Take in the model's present weights; call once a batch."""
         self.updates += 1
         weight = (1 - self._decay) / (1 - self._decay**self.updates)
-        torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), weight)
+        torch._foreach_lerp_(list(self._average.values()), list(_float_tensors(model).values()), weight)
 
     @property
     def state(self) -> dict[str, Tensor]:
-        """The averaged tensors under the model's own names; before the first update the weights of construction."""
+        """The averages under the model's own names; before the first update the weights it started from."""
         return self._average
 
     @contextmanager
@@ -176,18 +180,18 @@ class Ema:
             _copy(own, live)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The number of updates and the averages, as tensors."""
-        return {"updates": torch.tensor(self.updates), **{f"average/{k}": v for k, v in self._average.items()}}
+        """The averages under the model's own names, and "updates", how many there were."""
+        return {**self._average, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore exactly; DataError where names or shapes are another model's."""
-        expected = {"updates": (), **{f"average/{name}": tuple(t.shape) for name, t in self._average.items()}}
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if found != expected:
-            unlike = sorted(set(found.items()) ^ set(expected.items()))[0]
-            raise DataError("averaged weights of another model", where=unlike[0], cure="resume with the same model")
+            name, _ = sorted(set(found.items()) ^ set(expected.items()))[0]
+            raise DataError("averaged weights of another model", where=name, cure="resume with the model of the run")
         self.updates = int(state["updates"])
-        _copy({name: state[f"average/{name}"] for name in self._average}, self._average)
+        _copy(state, self._average)
 
 
 def _float_tensors(model: nn.Module) -> dict[str, Tensor]:

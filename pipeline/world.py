@@ -93,6 +93,15 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
+def any_rank(world: World, flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer on every rank."""
+    if world.size == 1:
+        return flag
+    box = torch.tensor([int(flag)], device=world.device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box)
+
+
 def broadcast_object(world: World, value: T) -> T:
     """Rank 0's value on every rank (small things: it is serialised)."""
     if world.size == 1:

@@ -53,7 +53,7 @@ def train(model: Small, optimizer: torch.optim.Optimizer, steps: range, ema: Ema
         set_rate(optimizer, 1e-2 * step / 10)
         optimizer.step()
         if ema is not None:
-            ema.update()
+            ema.update(model)
 
 
 def test_adamax_is_the_released_one() -> None:
@@ -99,12 +99,12 @@ def test_resuming_equals_not_stopping(algorithm: Any) -> None:
     config = OptimConfig(algorithm=algorithm)
     whole, part = Small(), Small()
     first, second = make_optimizer(whole.parameters(), config), make_optimizer(part.parameters(), config)
-    first_ema, second_ema = Ema(whole, halflife=30, batch=8), Ema(part, halflife=30, batch=8)
+    first_ema, second_ema = Ema(whole, 30, 8), Ema(part, 30, 8)
     train(whole, first, range(10), first_ema)
     train(part, second, range(6), second_ema)
     resumed = Small(seed=1)
     resumed.load_state_dict(part.state_dict())
-    third, third_ema = make_optimizer(resumed.parameters(), config), Ema(resumed, halflife=30, batch=8)
+    third, third_ema = make_optimizer(resumed.parameters(), config), Ema(resumed, 30, 8)
     load_optimizer_tensors(third, resumed, optimizer_tensors(second, part))
     third_ema.load_state_dict(second_ema.state_dict())
     train(resumed, third, range(6, 10), third_ema)
@@ -172,30 +172,30 @@ def test_the_cosine_is_half_way_down_in_the_middle() -> None:
 
 def test_half_of_an_image_is_forgotten_after_a_halflife() -> None:
     model = nn.Linear(1, 1, bias=False)
-    ema = Ema(model, halflife=800, batch=8)
+    ema = Ema(model, 800, 8)
     with torch.no_grad():
         model.weight.fill_(1.0)
         for _ in range(1000):  # 10 half-lives: as good as steady
-            ema.update()
+            ema.update(model)
         model.weight.fill_(0.0)
         for _ in range(100):
-            ema.update()
+            ema.update(model)
     assert float(ema.state["weight"]) == pytest.approx(0.5, rel=2e-3)
 
 
 def test_the_average_owes_nothing_to_the_weights_of_construction() -> None:
     model = nn.Linear(1, 1, bias=False)
     nn.init.constant_(model.weight, 100.0)
-    ema = Ema(model, halflife=1e9, batch=8)
+    ema = Ema(model, 1e9, 8)
     for value in (1.0, 2.0, 6.0):
         nn.init.constant_(model.weight, value)
-        ema.update()
+        ema.update(model)
     assert float(ema.state["weight"]) == pytest.approx(3.0, rel=1e-4)
 
 
 def test_swapping_lends_the_average_and_gives_back_every_bit() -> None:
     model = Small()
-    ema = Ema(model, halflife=100, batch=10)
+    ema = Ema(model, 100, 10)
     assert sorted(ema.state) == ["gain", "inner.bias", "inner.weight", "moment"]
     train(model, make_optimizer(model.parameters(), OptimConfig()), range(5), ema)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -208,10 +208,20 @@ def test_swapping_lends_the_average_and_gives_back_every_bit() -> None:
         assert torch.equal(model.state_dict()[name], tensor)
 
 
+def test_an_average_started_again_forgets() -> None:
+    model, other = Small(), Small(seed=1)
+    ema = Ema(other, 100, 10)
+    ema.update(other)
+    ema.reset(model)
+    assert ema.updates == 0
+    for name, tensor in ema.state.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
 def test_averages_of_another_model_are_refused() -> None:
-    ema = Ema(Small(), halflife=100, batch=10)
+    ema = Ema(Small(), 100, 10)
     with pytest.raises(DataError, match="weight"):
-        Ema(nn.Linear(3, 4), halflife=100, batch=10).load_state_dict(ema.state_dict())
+        Ema(nn.Linear(3, 4), 100, 10).load_state_dict(ema.state_dict())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 21.0])

@@ -13,6 +13,7 @@ from pipeline.errors import ConfigError, DataError, PipelineError
 from pipeline.world import (
     TreeSum,
     World,
+    any_rank,
     barrier,
     broadcast_object,
     gather_ordered,
@@ -123,6 +124,15 @@ def gathered(world: World) -> tuple[list[int], list[int], int]:
 def test_gathering_keeps_rank_order_with_uneven_shares() -> None:
     assert run_group(3, gathered) == [([0, 10, 11, 20, 21, 22], [2, 2, 3], 7)] * 3
     assert gathered(World()) == ([0], [2, 2, 3], 7)
+
+
+def asked(world: World) -> list[bool]:
+    return [any_rank(world, world.rank == 1), any_rank(world, False)]
+
+
+def test_one_rank_asking_is_heard_by_all() -> None:
+    assert run_group(3, asked) == [[True, False]] * 3
+    assert asked(World()) == [False, False]
 
 
 def raise_for(rank: int, error: Exception) -> int:
