@@ -1,5 +1,6 @@
 """The manifest: what a dataset prefix holds, and the digests that prove it.
 
+    README.md            the data card, for people
     manifest.json        the root, canonical JSON; its sha256 is the dataset digest, which everything downstream quotes
     shards-000.jsonl     one line a shard of one split, in order: {"bytes", "file", "samples", "sha256"}; 10 000 a part
     train-000000.tar ... the shards (pipeline/shards.py)
@@ -17,6 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from pipeline.card import card
 from pipeline.errors import ConflictError, DataError, UsageError
 from pipeline.storage import MissingError, Storage, canonical_json, checked_key, sha256_hex
 
@@ -193,7 +195,7 @@ def open_manifest(storage: Storage) -> Manifest:
 
 
 def write_manifest(storage: Storage, root: Root, splits: Mapping[str, tuple[Counts, Sequence[Shard]]]) -> Manifest:
-    """Write the parts, then the root, conditionally; what is already there with the same content is left alone.
+    """Write the parts, the data card, then the root, conditionally; the same dataset already there is left alone.
 
     `root` comes without splits. `ConflictError` where another dataset lives under this prefix.
     """
@@ -211,6 +213,7 @@ def write_manifest(storage: Storage, root: Root, splits: Mapping[str, tuple[Coun
     if not same_root(storage, data):
         for part, lines in parts:
             storage.write(part.file, lines)
+        storage.write("README.md", card(whole).encode())
         _create_root(storage, data)
     return _opened(whole, sha256_hex(data), storage)
 

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import colorsys
 import functools
-import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from PIL import Image
 from pipeline.errors import ConflictError, UsageError
 from pipeline.faces import STYLES, Color, Face, between, render, shade
 from pipeline.storage import canonical_json, open_storage
+from pipeline.workers import ordered_map
 
 _NAMES = (
     "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose Black_Hair Blond_Hair "
@@ -155,13 +154,8 @@ def _claim(folder: Path, marker: bytes) -> bool:
 def _write_images(folder: Path, images: int, size: int, seed: int, workers: int, report: Report) -> None:
     chunks = [range(start, min(start + CHUNK, images)) for start in range(0, images, CHUNK)]
     write = functools.partial(_write_chunk, folder, size, seed)
-    if workers <= 1:
-        for done in map(write, chunks):
-            report(done)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for done in pool.map(write, chunks):
-            report(done)
+    for done in ordered_map(write, chunks, workers):
+        report(done)
 
 
 def _write_chunk(folder: Path, size: int, seed: int, indices: range) -> int:

@@ -1,0 +1,86 @@
+"""Picture files -> pixels, the same for everybody: guarded, oriented, cropped and resized in one way."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from pipeline.errors import DataError
+from pipeline.storage import sha256_hex
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
+MAX_PIXELS = 64 * 2**20
+ORIENTATION = 0x0112
+CONVERT = "--convert drops alpha on white, turns CMYK and palettes into RGB, and keeps the upper 8 of 16 bits"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a picture file says of itself; `mode` is L, RGB or, with `plain` false, what must be converted."""
+
+    sha256: str
+    width: int
+    height: int
+    mode: str
+    plain: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What every picture becomes: `size` x `size` with 1 or 3 channels."""
+
+    size: int
+    channels: int
+
+
+def inspect(data: bytes, where: str) -> Header:
+    """Read a picture's header; `DataError` naming `where` if it is no picture we read."""
+    with _opened(data, where) as image:
+        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+        width, height = image.size[::-1] if turned else image.size
+        if width * height > MAX_PIXELS or getattr(image, "n_frames", 1) > 1:
+            raise DataError(f"{width}x{height}, {getattr(image, 'n_frames', 1)} frames: too much", where=where)
+        opaque = "transparency" not in image.info
+        mode = "RGB" if image.mode == "P" else "L" if image.mode == "1" else image.mode
+        plain = mode in ("L", "RGB") and opaque and not _deep(data)
+        return Header(sha256=sha256_hex(data), width=width, height=height, mode=mode, plain=plain)
+
+
+def _deep(data: bytes) -> bool:
+    """Say whether this is a PNG of 16 bits a channel: Pillow drops the lower 8 of a coloured one without a word."""
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"
+
+
+def load(data: bytes, target: Target, where: str) -> np.ndarray:
+    """Decode to uint8 [size, size, 3] or [size, size]: EXIF orientation, centre crop to a square, Lanczos."""
+    with _opened(data, where) as image:
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"does not decode ({error})", where=where, cure="remove or replace the file") from error
+        picture = _converted(ImageOps.exif_transpose(image), "RGB" if target.channels == 3 else "L")
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    picture = picture.crop((left, top, left + side, top + side))
+    if side != target.size:
+        picture = picture.resize((target.size, target.size), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def _opened(data: bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError("not a picture we read", where=where, cure=f"formats: {', '.join(FORMATS)}") from error
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,42 @@
+"""An ordered map over processes that end with their parent, however that ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
+    """Yield `function(item)` in the order of the items, from `workers` spawned processes, or here when that is one.
+
+    The first exception is raised at its place; work that has not begun is dropped. Nothing is forked: S3 connections
+    and their event loops belong to the process that opened them.
+    """
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent is gone: a killed parent closes no queue, and its children would wait for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
