@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrackingConfig
-from pipeline.errors import ConflictError
+from pipeline.errors import ConflictError, RemoteError, UsageError
 from pipeline.spool import Row
 from pipeline.storage import canonical_json
 
@@ -166,3 +167,17 @@ def _system_metrics(run_id: str, uri: str) -> SystemMetricsMonitor:
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=absolute_uri(uri))
     monitor.start()
     return monitor
+
+
+@contextlib.contextmanager
+def translated(uri: str) -> Iterator[None]:
+    """Turn MLflow's exceptions into ours: what does not exist is a usage error, the rest a remote one."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        message = redact(str(error)).splitlines()[0][:300]
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise UsageError(message, where=redact(uri)) from error
+        raise RemoteError(message, where=redact(uri), cure="check the MLflow address and server") from error

@@ -1,0 +1,182 @@
+"""Evaluation: exact bits per dimension of held-out images, image by image, beside what file formats need for them.
+
+Every image has its own fixed dequantisation noise (seed 0, epoch 0, its number in the split), so two models are
+compared pair by pair, and neither batch size nor the number of workers changes a figure by more than float rounding.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from glow import Glow, bits_per_dim, quantize
+from pipeline.learner import Examples
+from pipeline.stream import Batch, Stream
+from pipeline.world import World, gather_ordered
+
+NOISE_SEED = 0
+
+BATCH = 32
+"""Images evaluated together."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean over images with its standard error."""
+
+    mean: float
+    stderr: float
+    images: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        """Mean and standard error of at least one independent value."""
+        count = len(values)
+        mean = math.fsum(values) / count
+        variance = math.fsum((value - mean) ** 2 for value in values) / max(count - 1, 1)
+        return cls(mean, math.sqrt(variance / count), count)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f} ± {self.stderr:.4f}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a model says about the images of a split. Bits per dimension throughout."""
+
+    bits: int
+    bits_per_dim: Figure
+    log_det: float
+    """Share of the volume term; with `bits` and the priors it adds up to bits_per_dim."""
+    priors: tuple[float, ...]
+    """Share of every level's prior, first level first."""
+    class_names: tuple[str, ...]
+    classes: Mapping[str, Figure]
+    """Of the classes that occur."""
+    round_trip: float
+    """Largest |decode(encode(x)) - x| of the first images, x spanning 1; -1 where not taken, nan where broken."""
+    values: tuple[float, ...]
+    """Of every image, in the order of the split."""
+    labels: tuple[int, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the values of single images."""
+        tree = asdict(self)
+        return {key: tree[key] for key in tree if key not in ("values", "labels")}
+
+
+def evaluate(
+    model: Glow,
+    examples: Examples,
+    stream: Stream,
+    world: World,
+    *,
+    bits: int,
+    labels: Sequence[str] = (),
+    images: int = 0,
+    batch: int = BATCH,
+    round_trip: int = 64,
+) -> Evaluation:
+    """Evaluate the first `images` (0: all) of a stream in natural order; collective, every rank gets the result.
+
+    `labels` are the class names; images without a label count for no class. The first `round_trip` images are also
+    encoded and decoded again, in float rounding a property of the model more than of the image.
+    """
+    count = min(images or stream.samples, stream.samples)
+    rows = [_measured(model, examples, part, round_trip) for part in _own_batches(stream, world, count, batch)]
+    width = 3 + model.config.levels + 1
+    own = torch.cat(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
+    return _summarised(gather_ordered(world, own), model.dims, bits, labels)
+
+
+def validation_bits(model: Glow, examples: Examples, stream: Stream, world: World, images: int, bits: int) -> Tensor:
+    """Bits per dimension of the first images of a stream, float64 [images] on every rank; collective."""
+    found = evaluate(model, examples, stream, world, bits=bits, images=images, round_trip=0)
+    return torch.tensor(found.values, dtype=torch.float64)
+
+
+def codec_figures(stream: Stream, bits: int, images: int = 0, threads: int = 2) -> dict[str, Figure]:
+    """Bits per dimension of "png" (optimised) and "webp" (lossless, method 6) files of the same quantised pixels.
+
+    Whole files count, headers included; a "dimension" is one value of one pixel, as for the model.
+    """
+    count = min(images or stream.samples, stream.samples)
+    sizes: dict[str, list[float]] = {name: [] for name in CODECS}
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, count, BATCH):
+            pixels = quantize(stream.fetch(np.arange(start, min(start + BATCH, count))).pixels, bits)
+            pictures = [_picture(image) for image in pixels.numpy()]
+            for name, found in sizes.items():
+                found += [8 * size / pixels[0].numel() for size in pool.map(CODECS[name], pictures)]
+    return {name: Figure.of(found) for name, found in sizes.items()}
+
+
+def _png_bytes(picture: Image.Image) -> int:
+    return _saved_bytes(picture, "png", optimize=True)
+
+
+def _webp_bytes(picture: Image.Image) -> int:
+    return _saved_bytes(picture, "webp", lossless=True, method=6, quality=100)
+
+
+CODECS = {"png": _png_bytes, "webp": _webp_bytes}
+
+
+def _saved_bytes(picture: Image.Image, kind: str, **options: Any) -> int:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return len(file.getvalue())
+
+
+def _picture(pixels: np.ndarray) -> Image.Image:
+    """uint8 [c, h, w] of 1 or 3 channels -> picture."""
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)).squeeze())
+
+
+def _own_batches(stream: Stream, world: World, count: int, batch: int) -> Iterator[Batch]:
+    """This rank's share of the first `count` images, in batches cut at the same places for every world size."""
+    batches = math.ceil(count / batch)
+    for index in range(world.rank * batches // world.size, (world.rank + 1) * batches // world.size):
+        yield stream.fetch(np.arange(index * batch, min((index + 1) * batch, count)))
+
+
+@torch.no_grad()
+def _measured(model: Glow, examples: Examples, batch: Batch, round_trip: int) -> Tensor:
+    """Float64 [b, 3 + levels + 1]: log_prob, log_det, every level's prior (nats), label, round trip error or -1."""
+    x, label, attributes = examples.of(batch, NOISE_SEED)
+    terms = model.terms(x, label, attributes)
+    error = torch.full_like(terms.log_prob, -1.0)
+    if int(batch.samples[0]) < round_trip:
+        again = model.decode(model.encode(x, label, attributes), label, attributes)
+        error = (again - x).abs().flatten(1).amax(1)
+    columns = [terms.log_prob, terms.log_det, *terms.priors, batch.labels.to(x.device), error]
+    return torch.stack([column.double() for column in columns], dim=1).cpu()
+
+
+def _summarised(table: Tensor, dims: int, bits: int, names: Sequence[str]) -> Evaluation:
+    values = bits_per_dim(table[:, 0], dims, bits).tolist()
+    labels = [int(label) for label in table[:, -2]]
+    shares = (table[:, 1:-2].mean(0) / (-math.log(2) * dims)).tolist()
+    by_class = {
+        name: [v for v, label in zip(values, labels, strict=True) if label == i] for i, name in enumerate(names)
+    }
+    return Evaluation(
+        bits=bits,
+        bits_per_dim=Figure.of(values),
+        log_det=shares[0],
+        priors=tuple(shares[1:]),
+        class_names=tuple(names),
+        classes={name: Figure.of(found) for name, found in by_class.items() if found},
+        round_trip=float(table[:, -1].max()),
+        values=tuple(values),
+        labels=tuple(labels),
+    )

@@ -1,0 +1,104 @@
+"""The ledger: who promoted which version when and why, append-only, hash-chained, one writer a number.
+
+REGISTRY/NAME/00000001.json, 00000002.json, ...: canonical JSON, each with the sha256 of the one before, each created
+by a conditional write, so that of racing promoters one wins. It is the truth about aliases; MLflow's follow it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.errors import ConflictError, DataError
+from pipeline.storage import Storage, canonical_json, sha256_hex
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One promotion."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    schema: int = 1
+    sequence: int
+    previous: str
+    """sha256 of the bytes of the entry before; empty for the first."""
+    model: str
+    alias: str
+    version: int
+    digest: str
+    """Artifact digest of the version."""
+    replaces: int
+    """The version the alias stood for before; 0 for none."""
+    actor: str
+    time: str
+    """UTC, ISO 8601; for people, nothing is ordered by it."""
+    reason: str
+    forced: tuple[str, ...]
+    """Gates that did not pass and were overruled."""
+    gates: tuple[Mapping[str, Any], ...]
+    """Results of the gates."""
+    attempt: str
+    """Random; tells apart entries that would otherwise be equal."""
+
+    def __str__(self) -> str:
+        return f"version {self.version} to {self.alias} by {self.actor} at {self.time}"
+
+
+class Ledger:
+    """The entries of one registered model under a registry prefix."""
+
+    def __init__(self, registry: Storage, model: str) -> None:
+        self.storage, self.model = registry.sub(model), model
+
+    def entries(self) -> list[Entry]:
+        """All of them, oldest first; DataError where the chain is broken."""
+        found: list[Entry] = []
+        previous = ""
+        for number, key in enumerate(self.storage.list(), start=1):
+            data = self.storage.read(key)
+            entry = _parsed(data, self.storage.where(key))
+            expected = (f"{number:08d}.json", number, previous, self.model)
+            if (key, entry.sequence, entry.previous, entry.model) != expected or canonical_json(_tree(entry)) != data:
+                cure = "somebody changed the ledger: restore it from a copy"
+                raise DataError("the chain of entries is broken here", where=self.storage.where(key), cure=cure)
+            found.append(entry)
+            previous = sha256_hex(data)
+        return found
+
+    def append(self, after: Sequence[Entry], entry: Entry) -> Entry:
+        """Append `entry` right behind the entries `after` that the decision was based on; returns it as written.
+
+        Raises ConflictError, naming who won, if others were appended since.
+        """
+        previous = sha256_hex(canonical_json(_tree(after[-1]))) if after else ""
+        entry = dataclasses.replace(entry, sequence=len(after) + 1, previous=previous)
+        key = f"{entry.sequence:08d}.json"
+        try:
+            self.storage.create(key, canonical_json(_tree(entry)))
+        except ConflictError as error:
+            winner = _parsed(self.storage.read(key), self.storage.where(key))
+            if winner.attempt != entry.attempt:  # else our own write, whose answer was lost
+                where, cure = self.storage.where(key), "look at what was promoted, then promote again"
+                raise ConflictError(f"{winner} came first", where=where, cure=cure) from error
+        return entry
+
+
+def current(entries: Sequence[Entry], alias: str) -> Entry | None:
+    """The last entry of an alias."""
+    return next((entry for entry in reversed(entries) if entry.alias == alias), None)
+
+
+def _tree(entry: Entry) -> dict[str, Any]:
+    return dataclasses.asdict(entry)
+
+
+def _parsed(data: bytes, where: str) -> Entry:
+    try:
+        return TypeAdapter(Entry).validate_json(data, strict=True)
+    except ValidationError as error:
+        raise DataError(f"not a ledger entry: {error.errors()[0]['msg'].lower()}", where=where) from error
