@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.errors import ConfigError, ConflictError, DataError, RemoteError, UsageError
+from pipeline.errors import ConfigError, ConflictError, DataError, PipelineError, RemoteError, UsageError
 
 T = TypeVar("T")
 Keys = list[str]
@@ -294,15 +294,10 @@ def _retried(where: str, attempt: Callable[[], T]) -> T:
     for left in reversed(range(ATTEMPTS)):
         try:
             return attempt()
-        except FileNotFoundError as error:
-            raise MissingError("no such object", where=where) from error
-        except FileExistsError as error:
-            raise ConflictError("exists already", where=where) from error
-        except PermissionError as error:
-            raise RemoteError("access refused", where=where, cure="check the AWS credentials and policy") from error
         except (OSError, ClientError, BotoCoreError, TimeoutError) as error:
-            if _lost_race(error):
-                raise ConflictError("exists already", where=where) from error
+            final = _final(error, where)
+            if final is not None:
+                raise final from error
             if left == 0:
                 what = f"no success in {ATTEMPTS} attempts ({type(error).__name__})"
                 raise RemoteError(what, where=where, cure="check the endpoint, network and credentials") from error
@@ -310,17 +305,33 @@ def _retried(where: str, attempt: Callable[[], T]) -> T:
     raise AssertionError("unreachable")
 
 
-def _lost_race(error: BaseException | None) -> bool:
-    """Say whether S3 refused a conditional write: 412, or 409 where two were under way at once."""
+def _final(error: BaseException, where: str) -> PipelineError | None:
+    """Translate what no further attempt would change."""
+    codes = _codes(error)
+    if "NoSuchBucket" in codes:
+        return RemoteError("no such bucket", where=where, cure="create it, or correct its name")
+    if isinstance(error, FileNotFoundError):
+        return MissingError("no such object", where=where)
+    if isinstance(error, FileExistsError) or codes & LOST_RACE:
+        return ConflictError("exists already", where=where)
+    if isinstance(error, PermissionError):
+        return RemoteError("access refused", where=where, cure="check the AWS credentials and policy")
+    return None
+
+
+def _codes(error: BaseException | None) -> set[str]:
+    """S3's own error codes along a chain of exceptions."""
+    codes = set()
     while error is not None:
         response = getattr(error, "response", None)
-        if isinstance(response, dict) and response.get("Error", {}).get("Code") in CONDITION_CODES:
-            return True
+        if isinstance(response, dict):
+            codes.add(str(response.get("Error", {}).get("Code")))
         error = error.__cause__
-    return False
+    return codes
 
 
-CONDITION_CODES = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
+LOST_RACE = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+"""S3's refusals of a conditional write: it exists, or two were under way at once."""
 
 
 def _same_length(found: int, expected: int) -> None:
