@@ -349,13 +349,13 @@ def _connect(process: int, endpoint: str) -> Any:
     import s3fs
 
     config = {
-        "retries": {"mode": "standard", "max_attempts": 4},
+        "retries": {"mode": "standard", "max_attempts": 3},
         "connect_timeout": 5,
         "read_timeout": 15,
         "max_pool_connections": 32,
     }
     filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-    filesystem.retries = ATTEMPTS
+    filesystem.retries = 2
     return filesystem
 
 
