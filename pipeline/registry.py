@@ -13,6 +13,7 @@ import platform
 import re
 import secrets
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -229,18 +230,19 @@ class ModelRegistry:
 
 def save_pyfunc(loaded: LoadedModel, folder: Path, target: Path) -> None:
     """Write an MLflow pyfunc around a model folder: its requirements and its parameters, and no pickle."""
-    import mlflow.pyfunc
+    packages = ("glow-pipeline", "mlflow", "numpy", "safetensors", "torch")
+    with warnings.catch_warnings():
+        # MLflow 3.17 warns about its own type hints on import, and wants an example of the input there is none of.
+        warnings.simplefilter("ignore")
+        import mlflow.pyfunc
 
-    mlflow.pyfunc.save_model(
-        path=str(target),
-        loader_module="pipeline.registry",
-        data_path=str(folder),
-        signature=_signature(loaded),
-        pip_requirements=[
-            f"{name}=={importlib.metadata.version(name)}"
-            for name in ("glow-pipeline", "mlflow", "numpy", "safetensors", "torch")
-        ],
-    )
+        mlflow.pyfunc.save_model(
+            path=str(target),
+            loader_module="pipeline.registry",
+            data_path=str(folder),
+            signature=_signature(loaded),
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in packages],
+        )
 
 
 def _signature(loaded: LoadedModel) -> ModelSignature:

@@ -1,0 +1,119 @@
+"""The ledger: its bytes, its chain, and one winner of many."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import ConflictError, DataError
+from pipeline.ledger import Entry, Ledger, current
+from pipeline.storage import open_storage, sha256_hex
+
+ENTRY = Entry(
+    sequence=0,
+    previous="",
+    model="faces",
+    alias="champion",
+    version=3,
+    digest="cd" * 32,
+    replaces=0,
+    actor="ada@host",
+    time="2026-11-22T15:00:00+00:00",
+    reason="",
+    forced=(),
+    gates=({"gate": "round_trip", "passed": True, "value": 1e-6, "limit": 0.001, "detail": "as it should"},),
+    attempt="00ff",
+)
+
+
+def ledger(folder: Path) -> Ledger:
+    return Ledger(open_storage(str(folder)), "faces")
+
+
+def test_an_entry_has_these_bytes_under_this_name(tmp_path: Path) -> None:
+    ledger(tmp_path).append([], ENTRY)
+    assert (tmp_path / "faces" / "00000001.json").read_bytes() == (
+        b'{"actor":"ada@host","alias":"champion","attempt":"00ff","digest":"' + b"cd" * 32 + b'","forced":[],"gates":'
+        b'[{"detail":"as it should","gate":"round_trip","limit":0.001,"passed":true,"value":1e-06}],"model":"faces",'
+        b'"previous":"","reason":"","replaces":0,"schema":1,"sequence":1,"time":"2026-11-22T15:00:00+00:00",'
+        b'"version":3}\n'
+    )
+
+
+def test_entries_are_chained_by_the_digest_of_the_one_before(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    for version in (3, 4, 3):
+        book.append(book.entries(), dataclasses.replace(ENTRY, version=version, attempt=f"{version}"))
+    first = (tmp_path / "faces" / "00000001.json").read_bytes()
+    entries = book.entries()
+    assert [(entry.sequence, entry.version) for entry in entries] == [(1, 3), (2, 4), (3, 3)]
+    assert entries[1].previous == sha256_hex(first)
+    assert current(entries, "champion") == entries[2]
+    assert current(entries, "challenger") is None
+
+
+@pytest.mark.parametrize("harm", ["changed", "removed", "swapped", "foreign"])
+def test_a_changed_history_is_noticed(tmp_path: Path, harm: str) -> None:
+    book = ledger(tmp_path)
+    for version in (1, 2, 3):
+        book.append(book.entries(), dataclasses.replace(ENTRY, version=version))
+    first, second = (tmp_path / "faces" / f"0000000{number}.json" for number in (1, 2))
+    if harm == "changed":
+        first.write_bytes(first.read_bytes().replace(b'"version":1', b'"version":7'))
+    elif harm == "removed":
+        second.unlink()
+    elif harm == "swapped":
+        one, two = first.read_bytes(), second.read_bytes()
+        first.write_bytes(two)
+        second.write_bytes(one)
+    else:
+        second.write_bytes(b'{"hello":1}\n')
+    with pytest.raises(DataError):
+        book.entries()
+
+
+def test_a_decision_based_on_an_old_ledger_loses_and_names_the_winner(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    seen = book.entries()
+    book.append(seen, dataclasses.replace(ENTRY, version=5, actor="grace@host", attempt="aa"))
+    with pytest.raises(ConflictError, match="version 5 to champion by grace@host") as caught:
+        book.append(seen, ENTRY)
+    assert caught.value.exit_code == 6
+    assert len(book.entries()) == 1
+
+
+def test_an_own_write_whose_answer_was_lost_has_won(tmp_path: Path) -> None:
+    book = ledger(tmp_path)
+    book.append([], ENTRY)
+    assert book.append([], ENTRY).sequence == 1
+
+
+def race(folder: Path, number: int, start: Barrier, results: multiprocessing.Queue[str]) -> None:
+    """One racer: everybody has read the same ledger before anybody writes."""
+    book = ledger(folder)
+    seen = book.entries()
+    start.wait()
+    try:
+        book.append(seen, dataclasses.replace(ENTRY, version=number, attempt=f"{number}"))
+        results.put(f"won {number}")
+    except ConflictError as error:
+        results.put(error.what.split(" to ")[0])
+
+
+def test_of_eight_racing_processes_one_wins_and_the_others_name_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(8), context.Queue()
+    racers = [context.Process(target=race, args=(tmp_path, number, start, results)) for number in range(1, 9)]
+    for racer in racers:
+        racer.start()
+    found = sorted(results.get(timeout=60) for _ in racers)
+    for racer in racers:
+        racer.join()
+    entries = ledger(tmp_path).entries()
+    assert len(entries) == 1
+    winner = entries[0].version
+    assert found == sorted([f"won {winner}", *[f"version {winner}"] * 7])
