@@ -70,7 +70,7 @@ class Learner:
         schedule = config.schedule
         self._gradients = Gradients(parameters, world, schedule.batch // schedule.leaf, schedule.reduction)
         self.optimizer = make_optimizer(parameters, config.optim)
-        self.ema = self._fresh_average()
+        self.ema = Ema(self.model, config.optim.ema_halflife, schedule.batch)
         self.guard = Guard(config.optim)
         self.images, self.step = 0, 0
         self.means = Means()
@@ -88,7 +88,7 @@ class Learner:
         rows = [self._examples.of(batch, self.config.seed) for batch in _microbatches(stream, own)]
         xs, labels, attributes = zip(*rows, strict=True) if rows else ((), (), ())
         self.model.initialize(xs, labels, attributes, gather=lambda table: gather_ordered(self.world, table))
-        self.ema = self._fresh_average()
+        self.ema.reset(self.model)
 
     def learn(self, batch: Batch) -> None:
         """Take one step; `batch` holds this worker's rows of the global batch."""
@@ -101,7 +101,7 @@ class Learner:
                 gradient.mul_(config.optim.clip / norm)
             set_rate(self.optimizer, rate)
             self.optimizer.step()
-            self.ema.update()
+            self.ema.update(self.model)
         self.images += config.schedule.batch
         self.step += 1
         self.means.add({"train/grad_norm": norm, "train/lr": rate} if math.isfinite(norm) else {})
@@ -152,10 +152,6 @@ class Learner:
         load_optimizer_tensors(self.optimizer, self.model, _below(tensors, "optim/"))
         self.guard.load_state_dict(state["guard"])
         self.images, self.step = state["images"], state["step"]
-
-
-    def _fresh_average(self) -> Ema:
-        return Ema(self.model, halflife=self.config.optim.ema_halflife, batch=self.config.schedule.batch)
 
 
 def averaged_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

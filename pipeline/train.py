@@ -9,18 +9,20 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 
 from pipeline.checkpoint import load_latest, save
 from pipeline.config import TrainConfig, fingerprint, refuse_impossible, write_config
 from pipeline.errors import ConfigError, Interrupted
 from pipeline.evaluate import validation_bits
+from pipeline.grids import training_grid
 from pipeline.learner import Examples, Learner
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.order import Order, Sequential
@@ -91,9 +93,9 @@ def train(config: TrainConfig, manifest: Manifest, world: World, tracker: Tracke
             learner.restore(loaded.tensors, loaded.state)
             tracker.event("resumed", images=learner.images)
         pace = Pace(learner.images, schedule.images)
-        batches = pace.timed(stream.batches(learner.images, schedule.batch, learner.rows))
-        while learner.images < schedule.images:
-            learner.learn(next(batches))
+        end = schedule.images + -schedule.images % schedule.batch
+        for batch in pace.timed(stream.batches(learner.images, schedule.batch, learner.rows, stop=end)):
+            learner.learn(batch)
             last, stopping = learner.images >= schedule.images, any_rank(world, bool(asked))
             saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
             speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
@@ -127,8 +129,9 @@ def look(learner: Learner, examples: Examples, unseen: Stream, tracker: Tracker)
     with learner.ema.swapped(model):
         bits = validation_bits(model, examples, unseen, learner.world, count, config.data.bits)
         if learner.world.rank == 0:
+            _, *condition = examples.of(unseen.fetch(np.arange(8 * config.evaluate.rows)), config.seed)
             for temperature in config.evaluate.temperatures:
-                picture = training_grid(model, config, temperature)
+                picture = training_grid(model, config, temperature, (condition[0], condition[1]))
                 tracker.image(f"samples-t{temperature:.2f}", learner.images, picture)
     figures = {"val/bits_per_dim": float(bits.mean())}
     tracker.log(learner.images, figures)
@@ -178,15 +181,16 @@ class Pace:
         self._images, self._total = images, total
         self._since, self._waited = time.monotonic(), 0.0
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Generator[Batch]) -> Iterator[Batch]:
         """The same batches; time spent waiting for them is counted."""
-        while True:
-            start = time.monotonic()
-            batch = next(batches, None)
-            self._waited += time.monotonic() - start
-            if batch is None:
-                return
-            yield batch
+        with closing(batches):
+            while True:
+                start = time.monotonic()
+                batch = next(batches, None)
+                self._waited += time.monotonic() - start
+                if batch is None:
+                    return
+                yield batch
 
     def figures(self, images: int) -> dict[str, float]:
         """Since the last call: images a second, share of time waiting for data, seconds to go."""

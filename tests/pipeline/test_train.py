@@ -1,0 +1,191 @@
+"""Laws of the loop: stopping changes nothing, the number of workers changes nothing, another run is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from glow import GlowConfig
+from jobs.data import prepare
+from pipeline.checkpoint import load_latest
+from pipeline.config import (
+    DataConfig,
+    EvaluateConfig,
+    MemoryConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+    fingerprint,
+    write_config,
+)
+from pipeline.errors import ConfigError, ConflictError
+from pipeline.manifest import open_manifest
+from pipeline.storage import open_storage
+from pipeline.toy import write_toy
+from pipeline.train import due, resolved, run
+from pipeline.world import World
+from tests.pipeline.group import run_group
+
+IMAGES = 96
+BATCH = 16
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    write_toy(folder / "source", images=80, size=16, seed=0)
+    assert (
+        prepare(str(folder / "source"), str(folder / "data"), split="random:0:0.2", samples_per_shard=8, workers=1) == 0
+    )
+    return folder / "data"
+
+
+@pytest.fixture
+def config(dataset: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        name="tiny",
+        storage=str(tmp_path / "runs"),
+        data=DataConfig(prefix=str(dataset), bits=5, cache=str(tmp_path / "cache"), cache_gb=0.1),
+        model=GlowConfig(levels=2, steps=2, width=8, condition_splits=True, condition_steps=True),
+        optim=OptimConfig(algorithm="adam", lr=2e-3, warmup=32, decay="cosine", ema_halflife=64),
+        memory=MemoryConfig(anchor_every=(2, 0)),
+        schedule=ScheduleConfig(
+            images=IMAGES, batch=BATCH, leaf=4, init_images=64, status_every=32, checkpoint_every=32
+        ),
+        evaluate=EvaluateConfig(every=48, images=16, temperatures=(0.7,), rows=1),
+    )
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Everything the newest checkpoint of a run holds."""
+    manifest = open_manifest(open_storage(config.data.prefix))
+    identity = fingerprint(resolved(config, manifest), manifest.digest)
+    loaded = load_latest(open_storage(config.storage).sub(config.name), World(), identity)
+    assert loaded is not None and loaded.images == IMAGES
+    return loaded.tensors
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def worker(world: World, config: TrainConfig) -> None:
+    os.environ |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.rank)}
+    run(config)
+
+
+def test_killed_and_run_again_ends_in_the_same_bits(config: TrainConfig) -> None:
+    run(config)
+    again = replace(config, name="killed")
+    code = "import sys, pipeline.train as t, pipeline.config as c; t.run(c.read_config(sys.argv[1]), lambda row: print(row, flush=True))"
+    path = Path(config.storage) / "killed.toml"
+    path.write_text(write_config(again))
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    run(again)
+    assert_same(weights(config), weights(again))
+    rows = [json.loads(line) for line in (Path(config.storage) / "killed" / "metrics.jsonl").read_text().splitlines()]
+    places = [(key, row["images"]) for row in rows for key in row["metrics"]]
+    assert len(places) == len(set(places))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_number_of_workers_ends_in_the_same_bits(config: TrainConfig, size: int) -> None:
+    run(config)
+    shared = replace(config, name="shared")
+    run_group(size, worker, shared)
+    assert_same(weights(config), weights(shared))
+
+
+def test_a_run_goes_on_with_another_number_of_workers(config: TrainConfig) -> None:
+    run(config)
+    grown = replace(config, name="grown")
+    stopped = subprocess.run([sys.executable, "-c", STOPPED, write_config(grown)], capture_output=True, text=True)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "checkpoint" in stopped.stderr
+    run_group(4, worker, grown)
+    assert_same(weights(config), weights(grown))
+
+
+STOPPED = """
+import os, signal, sys, pathlib, tempfile
+from pipeline.config import read_config
+from pipeline.errors import Interrupted
+from pipeline.train import run
+path = pathlib.Path(tempfile.mkstemp(suffix=".toml")[1])
+path.write_text(sys.argv[1])
+try:
+    run(read_config(path), lambda row: os.kill(os.getpid(), signal.SIGTERM))
+except Interrupted as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
+finally:
+    path.unlink()
+"""
+
+
+def test_overlap_learns_the_same_up_to_rounding(config: TrainConfig) -> None:
+    run(config)
+    loose = replace(config, name="loose", schedule=replace(config.schedule, reduction="overlap"))
+    run_group(2, worker, loose)
+    tree, overlap = weights(config), weights(loose)
+    for name in tree:
+        if name.startswith("model/"):
+            torch.testing.assert_close(overlap[name], tree[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_finished_run_is_not_trained_again(config: TrainConfig) -> None:
+    run(config)
+    commits = sorted(Path(config.storage).rglob("commit.json"))
+    stamps = [path.stat().st_mtime_ns for path in commits]
+    assert run(config)["images"] == IMAGES
+    assert [path.stat().st_mtime_ns for path in sorted(Path(config.storage).rglob("commit.json"))] == stamps
+
+
+def test_another_configuration_under_the_same_name_is_refused(config: TrainConfig) -> None:
+    run(config)
+    with pytest.raises(ConflictError) as caught:
+        run(replace(config, seed=1))
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("name, value", [("size", 32), ("channels", 1), ("classes", 3), ("attributes", 7)])
+def test_a_model_that_does_not_fit_the_data_is_refused(config: TrainConfig, name: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"model\.{name} is {value}"):
+        run(replace(config, model=replace(config.model, **{name: value})))
+
+
+def test_a_pinned_digest_must_be_the_datasets(config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match="pinned"):
+        run(replace(config, data=replace(config.data, digest="0" * 64)))
+
+
+def test_conditions_can_be_left_out(config: TrainConfig) -> None:
+    manifest = open_manifest(open_storage(config.data.prefix))
+    plain = resolved(replace(config, model=replace(config.model, classes=-1, attributes=-1)), manifest)
+    assert (plain.model.classes, plain.model.attributes, plain.model.condition_size) == (0, 0, 0)
+    assert run(replace(config, model=replace(config.model, classes=-1, attributes=-1)))["images"] == IMAGES
+
+
+def test_due_once_an_interval() -> None:
+    passed = [images for images in range(BATCH, 200, BATCH) if due(images, 50, BATCH)]
+    assert passed == [64, 112, 160]
+
+
+def test_signals_are_given_back(config: TrainConfig) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run(config)
+    assert signal.getsignal(signal.SIGTERM) is before
