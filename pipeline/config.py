@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import tomli_w
@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from glow import GlowConfig
 from pipeline.errors import ConfigError
+from pipeline.storage import canonical_json, sha256_hex
 
 ALGORITHM_VERSION = 1
 """Raised by hand when the same configuration would learn something else; part of every fingerprint."""
@@ -166,3 +167,91 @@ class TrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def read_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
+    """The tree of a TOML file laid over `base`; ConfigError names the first key that makes no sense."""
+    try:
+        overrides = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
+    merged = _laid_over(dataclasses.asdict(base or TrainConfig()), overrides)
+    try:
+        # JSON mode is strict about types (no "3" for 3) and still takes a TOML array for a tuple.
+        return TypeAdapter(TrainConfig).validate_json(json.dumps(merged, default=str), strict=True)
+    except ValidationError as error:
+        raise _first_finding(error, merged, str(path)) from error
+
+
+def write_config(config: TrainConfig) -> str:
+    """The whole tree as TOML; `read_config` of it gives an equal tree."""
+    return tomli_w.dumps(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def fingerprint(config: TrainConfig, data_digest: str) -> str:
+    """sha256 of all that decides what is learned, and of nothing else; `config.model` must be resolved.
+
+    Reduction, memory, cluster, names and places are left out: they may change between two attempts at one run.
+    """
+    schedule = config.schedule
+    decisive = {
+        "algorithm": ALGORITHM_VERSION,
+        "data": data_digest,
+        "split": config.data.train,
+        "bits": config.data.bits,
+        "model": dataclasses.asdict(config.model),
+        "optim": dataclasses.asdict(config.optim),
+        "batch": schedule.batch,
+        "leaf": schedule.leaf,
+        "init_images": schedule.init_images,
+        "images": schedule.images if config.optim.decay == "cosine" else None,
+        "seed": config.seed,
+    }
+    return sha256_hex(canonical_json(decisive))
+
+
+def refuse_impossible(config: TrainConfig) -> None:
+    """ConfigError for values that type checks let through and no run can honour."""
+    schedule, optim = config.schedule, config.optim
+    for bad, what, cure in (
+        (not 1 <= config.data.bits <= 8, f"data.bits is {config.data.bits}", "1 to 8"),
+        (min(schedule.batch, schedule.leaf) < 1, "schedule.batch and schedule.leaf count images", "1 or more"),
+        (schedule.batch % max(schedule.leaf, 1) != 0, f"schedule.leaf {schedule.leaf} does not divide schedule.batch "
+         f"{schedule.batch}", "every batch is cut into whole leaves"),
+        (schedule.images < 1, f"schedule.images is {schedule.images}", "1 or more"),
+        (min(schedule.status_every, schedule.checkpoint_every, config.evaluate.every) < 1,
+         "an interval of 0 images never comes round", "every ..._every is 1 or more"),
+        (schedule.keep < 1, f"schedule.keep is {schedule.keep}", "1 or more checkpoints must stay"),
+        (optim.lr <= 0 or not 0 <= optim.beta1 < 1 or not 0 <= optim.beta2 < 1, "optim.lr, beta1 or beta2 is out of "
+         "range", "lr above 0, betas in [0, 1)"),
+        (optim.ema_halflife < 1, f"optim.ema_halflife is {optim.ema_halflife}", "images, 1 or more"),
+        (config.cluster.workers > schedule.batch // max(schedule.leaf, 1),
+         f"{config.cluster.workers} workers for {schedule.batch // max(schedule.leaf, 1)} leaves a batch",
+         "at most batch / leaf workers have work"),
+        (not config.name or "/" in config.name or config.name.startswith("."), f"name is {config.name!r}",
+         "a folder name"),
+    ):
+        if bad:
+            raise ConfigError(what, cure=cure)
+
+
+def _laid_over(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the tables of `overrides` laid over it, key by key."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        below = merged.get(key)
+        merged[key] = _laid_over(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _first_finding(error: ValidationError, tree: dict[str, Any], path: str) -> ConfigError:
+    """The first finding of pydantic, in our words."""
+    finding = error.errors()[0]
+    *tables, key = [str(part) for part in finding["loc"]] or [""]
+    if finding["type"] != "unexpected_keyword_argument":
+        return ConfigError(f"{'.'.join([*tables, key])}: {finding['msg'].lower()}", where=path)
+    for name in tables:
+        tree = tree[name]
+    near = difflib.get_close_matches(key, [name for name in tree if name != key], n=1)
+    cure = f"did you mean {'.'.join([*tables, near[0]])}?" if near else f"known here: {', '.join(name for name in tree if name != key)}"
+    return ConfigError(f"no setting {'.'.join([*tables, key])}", where=path, cure=cure)

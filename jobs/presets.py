@@ -1,0 +1,113 @@
+"""The presets: what was published, as the release configures it, and what learns in minutes on a laptop.
+
+Published figures are bits/dim of the test set as printed in Glow (arXiv 1807.03039, table 2; for 5-bit CelebA-HQ as
+quoted by MaCow, arXiv 1902.04208); `gpus` is how many the release's README asks for. GPU hours are not published, so
+the images below are a budget of ours; batches are the release's global ones, GPUs x local batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from glow import GlowConfig
+from pipeline.config import DataConfig, EvaluateConfig, MemoryConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pipeline.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A configuration and what is known about it."""
+
+    config: TrainConfig
+    published: float | None
+    """bits/dim in the literature; None where there is none."""
+    gpus: int | None
+    """GPUs of the published run; None where this repository is the source."""
+    source: str
+
+
+_LITTLE = GlowConfig(coupling="additive", width=64, condition_splits=True, condition_steps=True)
+_RELEASED = OptimConfig(algorithm="adamax", lr=1e-3, warmup=500_000, ema_halflife=35_000)
+_SHORT = OptimConfig(algorithm="adam", lr=2e-3, warmup=500, decay="cosine", ema_halflife=2_200)
+
+_TOYS = (
+    # name        L   K   images  every  checkpoint  source
+    ("toy32",     3,  8,   6_000, 1_500,  1_000, "procedural faces at 32 px: CI and kill loops"),
+    ("toy64",     4,  6,  17_000, 4_000,  2_000, "procedural faces at 64 px: the demo"),
+    ("photos32",  3,  8,   6_000, 1_500,  1_000, "crops of two photographs at 32 px"),
+)  # fmt: skip
+
+_PUBLISHED = (
+    # name          size  L   K  coupling   bits batch leaf    images  published  gpus  source
+    ("cifar10",       32, 3, 32, "affine",     8,  512,  64,  90_000_000,  3.35,    8, "Glow, table 2"),
+    ("imagenet32",    32, 3, 48, "affine",     8,  512,  64, 180_000_000,  4.09,    8, "Glow, table 2"),
+    ("imagenet64",    64, 4, 48, "affine",     8,  128,  16, 120_000_000,  3.81,    8, "Glow, table 2"),
+    ("lsun64",        64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.38,    8, "Glow, table 2 (bedroom)"),
+    ("lsun96",        96, 5, 64, "additive",   5,  280,   7,  60_000_000,  None,   40, "Glow, figures"),
+    ("lsun128",      128, 5, 64, "additive",   5,  160,   4,  40_000_000,  None,   40, "Glow, figures"),
+    ("celebahq256",  256, 6, 32, "additive",   5,   40,   1,   6_000_000,  1.03,   40, "Glow, by MaCow"),
+)  # fmt: skip
+
+
+def _toy(name: str, levels: int, steps: int, images: int, every: int, checkpoint: int, source: str) -> Preset:
+    schedule = ScheduleConfig(
+        images=images, batch=16, leaf=8, init_images=256, status_every=200, checkpoint_every=checkpoint
+    )
+    config = TrainConfig(
+        name=name,
+        data=DataConfig(bits=5, cache_gb=1.0),
+        model=dataclasses.replace(_LITTLE, levels=levels, steps=steps),
+        optim=_SHORT,
+        schedule=schedule,
+        evaluate=EvaluateConfig(every=every, images=200, temperatures=(0.6,)),
+    )
+    return Preset(config=config, published=None, gpus=None, source=source)
+
+
+def _released(
+    name: str, size: int, levels: int, steps: int, coupling: str, bits: int, batch: int, leaf: int, images: int,
+    published: float | None, gpus: int, source: str,
+) -> Preset:  # fmt: skip
+    kind = "affine" if coupling == "affine" else "additive"
+    config = TrainConfig(
+        name=name,
+        data=DataConfig(bits=bits),
+        model=GlowConfig(size=size, levels=levels, steps=steps, width=512, coupling=kind, classes=-1, attributes=-1),
+        optim=_RELEASED,
+        # Levels 1 and 2 hold 93 % of the activations of a 256 px image: they are recovered by inversion.
+        memory=MemoryConfig(anchor_every=(4, 4, 0)),
+        schedule=ScheduleConfig(images=images, batch=batch, leaf=leaf, status_every=5_000),
+    )
+    return Preset(config=config, published=published, gpus=gpus, source=source)
+
+
+PRESETS: dict[str, Preset] = {row[0]: _toy(*row) for row in _TOYS} | {row[0]: _released(*row) for row in _PUBLISHED}
+
+
+def preset(name: str) -> Preset:
+    """The preset of that name; UsageError with the nearest one otherwise."""
+    if name in PRESETS:
+        return PRESETS[name]
+    near = difflib.get_close_matches(name, PRESETS, n=1)
+    cure = f"did you mean {near[0]}?" if near else f"there are {', '.join(PRESETS)}"
+    raise UsageError(f"no preset {name!r}", cure=cure)
+
+
+def table() -> str:
+    """Every preset on a line: configuration, published bits/dim, GPUs, source."""
+    heads = ("preset", "size", "L", "K", "width", "coupling", "bits", "batch", "images", "published", "GPUs", "source")
+    rows = [heads] + [_row(name, entry) for name, entry in PRESETS.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)  # fmt: skip
+
+
+def _row(name: str, entry: Preset) -> tuple[str, ...]:
+    model, schedule = entry.config.model, entry.config.schedule
+    return (
+        name, str(model.size or "data"), str(model.levels), str(model.steps), str(model.width), model.coupling,
+        str(entry.config.data.bits), str(schedule.batch), f"{schedule.images:,}".replace(",", " "),
+        f"{entry.published:.2f}" if entry.published else "-", str(entry.gpus or "-"), entry.source,
+    )  # fmt: skip
