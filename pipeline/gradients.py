@@ -38,7 +38,7 @@ class Gradients:
         self._buckets = Buckets(parameters, self._flat) if reduction == "overlap" and world.size > 1 else None
 
     def of(self, loss: Callable[[int], Tensor]) -> Tensor:
-        """The summed gradient of `loss(leaf)` over all leaves of all ranks, [n]; `.grad` of every parameter shows it."""
+        """The sum over all leaves of all ranks of the gradient of `loss(leaf)`, [n]; every `.grad` shows its part."""
         self._flat.zero_()
         for leaf in self.own:
             if self._buckets and leaf == self.own[-1]:

@@ -1,7 +1,7 @@
 """What learns: a model, its optimiser, averaged weights and guard, moved one global batch at a time.
 
-Everything that must survive a restart is in `tensors()` and `state()`; noise is keyed by (seed, epoch, sample), so there is
-no generator to save and the position in the stream is the only other state of a run.
+Everything that must survive a restart is in `tensors()` and `state()`; noise is keyed by (seed, epoch, sample), so there
+is no generator to save and the position in the stream is the only other state of a run.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Learner:
 
 
 def averaged_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint as a state_dict of the model: averages where there are, buffers as they are."""
+    """A checkpoint's averaged weights as a state_dict of the model; what is not averaged is as it is."""
     return _below(tensors, "model/") | _below(tensors, "ema/average/")
 
 

@@ -69,7 +69,8 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     manifest = open_manifest(open_storage(config.data.prefix))
     identity = fingerprint(resolved(config, manifest), manifest.digest)
     loaded = load_latest(open_storage(config.storage).sub(config.name), World(), identity)
-    assert loaded is not None and loaded.images == IMAGES
+    assert loaded is not None
+    assert loaded.images == IMAGES
     return loaded.tensors
 
 
@@ -86,10 +87,9 @@ def worker(world: World, config: TrainConfig) -> None:
 def test_killed_and_run_again_ends_in_the_same_bits(config: TrainConfig) -> None:
     run(config)
     again = replace(config, name="killed")
-    code = "import sys, pipeline.train as t, pipeline.config as c; t.run(c.read_config(sys.argv[1]), lambda row: print(row, flush=True))"
     path = Path(config.storage) / "killed.toml"
     path.write_text(write_config(again))
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
     process.kill()
@@ -100,6 +100,14 @@ def test_killed_and_run_again_ends_in_the_same_bits(config: TrainConfig) -> None
     rows = [json.loads(line) for line in (Path(config.storage) / "killed" / "metrics.jsonl").read_text().splitlines()]
     places = [(key, row["images"]) for row in rows for key in row["metrics"]]
     assert len(places) == len(set(places))
+
+
+KILLED = """
+import sys
+from pipeline.config import read_config
+from pipeline.train import run
+run(read_config(sys.argv[1]), lambda row: print(row, flush=True))
+"""
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -162,7 +170,7 @@ def test_another_configuration_under_the_same_name_is_refused(config: TrainConfi
     assert caught.value.exit_code == 6
 
 
-@pytest.mark.parametrize("name, value", [("size", 32), ("channels", 1), ("classes", 3), ("attributes", 7)])
+@pytest.mark.parametrize(("name", "value"), [("size", 32), ("channels", 1), ("classes", 3), ("attributes", 7)])
 def test_a_model_that_does_not_fit_the_data_is_refused(config: TrainConfig, name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"model\.{name} is {value}"):
         run(replace(config, model=replace(config.model, **{name: value})))
