@@ -1,6 +1,6 @@
 """What learns: a model, its optimiser, averaged weights and guard, moved one global batch at a time.
 
-Everything that must survive a restart is in `tensors()` and `state()`; noise is keyed by (seed, epoch, sample), so there
+Everything that must survive a restart is in `tensors()` and `state()`; noise is keyed by seed, epoch and sample, so there
 is no generator to save and the position in the stream is the only other state of a run.
 """
 
