@@ -1,7 +1,7 @@
 """What learns: a model, its optimiser, averaged weights and guard, moved one global batch at a time.
 
-Everything that must survive a restart is in `tensors()` and `state()`; noise is keyed by seed, epoch and sample, so there
-is no generator to save and the position in the stream is the only other state of a run.
+Everything that must survive a restart is in `tensors()` and `state()`; noise is keyed by seed, epoch and sample, so
+there is no generator to save, and the position in the stream is the only other state of a run.
 """
 
 from __future__ import annotations
