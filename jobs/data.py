@@ -92,7 +92,7 @@ def prepare(
         restart: Drop an unfinished build that had other options.
         dry_run: Look at every file, say what would be written, write nothing.
     """
-    from pipeline.prepare import Options, build, built_already, make_plan
+    from pipeline.prepare import BUILDING, Options, build, built_already, make_plan
     from pipeline.sources import open_source
     from pipeline.storage import open_storage
 
@@ -107,11 +107,13 @@ def prepare(
         samples_per_shard=samples_per_shard,
         convert=convert,
     )
-    with progress("look", len(found.items)) as report:
+    with progress("look", min(max_images or len(found.items), len(found.items))) as report:
         plan = make_plan(found, options, workers or cores(), report)
     _print_plan(found, plan)
     manifest = built_already(plan, storage)
     if manifest is not None:
+        if not dry_run:
+            storage.remove_tree(BUILDING)
         print(f"{storage.url} holds exactly this dataset already, digest {manifest.digest}")
         return 0
     if dry_run:

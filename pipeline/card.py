@@ -50,11 +50,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 def contact_sheet(root: Root, counts: Counts, images: Sequence[np.ndarray]) -> Image.Image:
     """Lay out images (uint8 [c, h, w]) in a square grid, with a bar an editable attribute beneath."""
-    columns = max(1, math.isqrt(len(images)))
-    cell = max(64, root.size)
-    names = list(root.editable)
-    height = -(-len(images) // columns) * cell
-    sheet = Image.new("RGB", (columns * cell, height + 18 * len(names) + (12 if names else 0)), "white")
+    columns, cell, names = max(1, math.isqrt(len(images))), max(64, root.size), root.editable
+    width, height = max(columns * cell, 360), -(-len(images) // columns) * cell
+    sheet = Image.new("RGB", (width, height + (18 * len(names) + 12 if names else 0)), "white")
     for number, pixels in enumerate(images):
         picture = Image.fromarray(pixels.transpose(1, 2, 0).squeeze()).resize((cell, cell), Image.Resampling.NEAREST)
         sheet.paste(picture, (number % columns * cell, number // columns * cell))
@@ -62,8 +60,8 @@ def contact_sheet(root: Root, counts: Counts, images: Sequence[np.ndarray]) -> I
     for line, name in enumerate(names):
         index = root.attributes.index(name)
         share = counts.positive[index] / max(1, counts.positive[index] + counts.negative[index])
-        top = height + 8 + 18 * line
-        draw.rectangle((150, top + 2, 150 + share * (sheet.width - 200), top + 14), fill=(84, 120, 176))
+        top, right = height + 8 + 18 * line, 150 + share * (width - 200)
+        draw.rectangle((150, top + 2, right, top + 14), fill=(84, 120, 176))
         draw.text((6, top), name, fill="black", font=font)
-        draw.text((156 + share * (sheet.width - 200), top), f"{share:.0%}", fill="black", font=font)
+        draw.text((right + 6, top), f"{share:.0%}", fill="black", font=font)
     return sheet

@@ -166,7 +166,9 @@ def _read_celeba_table(path: Path) -> tuple[tuple[str, ...], dict[str, tuple[int
             what = f"row {number} ({name}): {len(values)} values, expected {len(names)} of 1 or -1, each file once"
             raise DataError(what, where=str(path))
         rows[name] = tuple(map(int, values))
-    if len(rows) != int(lines[0][0]) or len(set(names)) != len(names):
+    if len(set(names)) != len(names):
+        raise DataError("an attribute is named twice", where=str(path))
+    if len(rows) != int(lines[0][0]):
         raise DataError(f"{len(rows)} rows, its first line says {lines[0][0]}", where=str(path), cure="fetch it again")
     return names, rows
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from pipeline.errors import PipelineError
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -26,12 +30,18 @@ def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) ->
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent) as pool:
         try:
             yield from pool.map(function, items)
+        except BrokenProcessPool as error:
+            raise PipelineError("a worker process died", cure="is memory short? try fewer workers") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _end_with_parent() -> None:
-    """Leave when the parent is gone: a killed parent closes no queue, and its children would wait for ever."""
+    """Leave when the parent is gone: a killed one closes no queue, and its children would wait for ever.
+
+    Ctrl-C reaches the whole group; the parent alone answers it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:
