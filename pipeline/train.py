@@ -100,8 +100,9 @@ def train(config: TrainConfig, manifest: Manifest, world: World, tracker: Tracke
             saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
             speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
             if speaking:
-                figures |= learner.figures() | pace.figures(learner.images)
-                tracker.log(learner.images, figures)
+                fresh = learner.figures() | pace.figures(learner.images)
+                tracker.log(learner.images, fresh)
+                figures |= fresh
             if last or due(learner.images, config.evaluate.every, schedule.batch):
                 figures |= look(learner, examples, unseen, tracker)
             if saving:
