@@ -109,14 +109,12 @@ def codec_figures(stream: Stream, bits: int, images: int = 0, threads: int = 2) 
 
     Whole files count, headers included; a "dimension" is one value of one pixel, as for the model.
     """
-    count = min(images or stream.samples, stream.samples)
     sizes: dict[str, list[float]] = {name: [] for name in CODECS}
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, count, BATCH):
-            pixels = quantize(stream.fetch(np.arange(start, min(start + BATCH, count))).pixels, bits)
-            pictures = [_picture(image) for image in pixels.numpy()]
+        for batch in stream.batches(0, BATCH, stop=min(images or stream.samples, stream.samples)):
+            pictures = [_picture(image) for image in quantize(batch.pixels, bits).numpy()]
             for name, found in sizes.items():
-                found += [8 * size / pixels[0].numel() for size in pool.map(CODECS[name], pictures)]
+                found += [8 * size / batch.pixels[0].numel() for size in pool.map(CODECS[name], pictures)]
     return {name: Figure.of(found) for name, found in sizes.items()}
 
 
@@ -145,8 +143,8 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 def _own_batches(stream: Stream, world: World, count: int, batch: int) -> Iterator[Batch]:
     """This rank's share of the first `count` images, in batches cut at the same places for every world size."""
     batches = math.ceil(count / batch)
-    for index in range(world.rank * batches // world.size, (world.rank + 1) * batches // world.size):
-        yield stream.fetch(np.arange(index * batch, min((index + 1) * batch, count)))
+    first, last = (rank * batches // world.size for rank in (world.rank, world.rank + 1))
+    return stream.batches(first * batch, batch, stop=min(last * batch, count))
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from glow import latents_of_seeds
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, GateError, UsageError
 from pipeline.evaluate import Evaluation, Figure
 from pipeline.model import LoadedModel, verify_model
 
@@ -98,6 +98,18 @@ def table(results: Sequence[Result]) -> str:
 def as_json(results: Sequence[Result]) -> tuple[dict[str, Any], ...]:
     """The gate table as the ledger keeps it."""
     return tuple(dataclasses.asdict(result) for result in results)
+
+
+def refuse_failures(results: Sequence[Result], forced: Sequence[str], where: str) -> tuple[str, ...]:
+    """The gates that failed and are overruled; GateError if any is not."""
+    if unknown := set(forced) - {result.gate for result in results}:
+        cure = f"gates are {', '.join(result.gate for result in results)}"
+        raise UsageError(f"no gate {', '.join(sorted(unknown))}", cure=cure)
+    failed = tuple(result.gate for result in results if not result.passed)
+    if refused := [gate for gate in failed if gate not in forced]:
+        found = "; ".join(f"{result.gate}: {result.detail}" for result in results if result.gate in refused)
+        raise GateError(f"not promoted: {found}", where=where, cure="--force-gate GATE --reason WHY overrules it")
+    return failed
 
 
 def _bits_per_dim(new: Evaluation, old: Evaluation | None, limit: float) -> Result:

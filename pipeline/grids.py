@@ -9,10 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from glow import Glow
+from glow import Glow, GlowConfig
 from pipeline.config import TrainConfig
-from pipeline.model import LoadedModel
-from pipeline.sampling import Condition, sample
+from pipeline.sampling import Condition, condition_of, sample
 
 BACKGROUND, INK, FAINT = (250, 250, 248), (28, 28, 30), (110, 110, 114)
 GAP = 4
@@ -40,10 +39,15 @@ def sample_grid(
     return grid(drawn, [column.title for column in columns], [f"seed {seed}" for seed in seeds], caption)
 
 
-def attribute_columns(loaded: LoadedModel, seeds: Sequence[int], asked: Sequence[str], label: int = -1) -> list[Column]:
-    """Columns for requests such as "+Smiling,-Eyeglasses"; the empty request is the seed's own condition."""
+def attribute_columns(
+    config: GlowConfig, editable: Sequence[str], base: Condition, asked: Sequence[str], label: int = -1
+) -> list[Column]:
+    """Columns for requests such as "+Smiling,-Eyeglasses" laid over the rows' own conditions; "" asks for nothing."""
     return [
-        Column(text.replace("_", " ").replace(",", "\n") or "as it comes", loaded.condition(seeds, text, label))
+        Column(
+            text.replace("_", " ").replace(",", "\n") or "as it comes",
+            condition_of(config, editable, base, text, label),
+        )
         for text in asked
     ]
 

@@ -7,8 +7,13 @@ by a conditional write, so that of racing promoters one wins. It is the truth ab
 from __future__ import annotations
 
 import dataclasses
+import getpass
+import os
+import platform
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,8 +29,9 @@ class Entry:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     schema: int = 1
-    sequence: int
-    previous: str
+    sequence: int = 0
+    """1, 2, 3, ...; set when it is appended, like `previous`."""
+    previous: str = ""
     """sha256 of the bytes of the entry before; empty for the first."""
     model: str
     alias: str
@@ -34,15 +40,15 @@ class Entry:
     """Artifact digest of the version."""
     replaces: int
     """The version the alias stood for before; 0 for none."""
-    actor: str
-    time: str
-    """UTC, ISO 8601; for people, nothing is ordered by it."""
     reason: str
     forced: tuple[str, ...]
     """Gates that did not pass and were overruled."""
     gates: tuple[Mapping[str, Any], ...]
     """Results of the gates."""
-    attempt: str
+    actor: str = field(default_factory=lambda: _actor())
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """UTC, ISO 8601; for people, nothing is ordered by it."""
+    attempt: str = field(default_factory=lambda: secrets.token_hex(8))
     """Random; tells apart entries that would otherwise be equal."""
 
     def __str__(self) -> str:
@@ -91,6 +97,14 @@ class Ledger:
 def current(entries: Sequence[Entry], alias: str) -> Entry | None:
     """The last entry of an alias."""
     return next((entry for entry in reversed(entries) if entry.alias == alias), None)
+
+
+def _actor() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container without a user database
+        user = str(os.getuid())
+    return f"{user}@{platform.node()}"
 
 
 def _tree(entry: Entry) -> dict[str, Any]:

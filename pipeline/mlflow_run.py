@@ -121,6 +121,11 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def default_uri() -> str:
+    """Where MLFLOW_TRACKING_URI points, as for every MLflow client."""
+    return os.environ.get("MLFLOW_TRACKING_URI", "")
+
+
 def absolute_uri(uri: str) -> str:
     """A sqlite URI with a path relative to here -> with an absolute one; others as they are."""
     path = uri.removeprefix("sqlite:///")

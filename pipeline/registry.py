@@ -6,34 +6,32 @@ no pickle is written or read. Registering the same artifact again finds the vers
 
 from __future__ import annotations
 
-import getpass
 import importlib.metadata
-import os
-import platform
+import json
 import re
-import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ConfigError, GateError, UsageError
-from pipeline.gates import Evidence, Limits, Result, as_json, judge
+from pipeline.config import TrackingConfig
+from pipeline.errors import ConfigError, UsageError
+from pipeline.gates import Evidence, Limits, Result, as_json, judge, refuse_failures
 from pipeline.ledger import Entry, Ledger, current
-from pipeline.mlflow_run import absolute_uri, connect, database_folder, translated
+from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, find_run, translated
 from pipeline.model import LoadedModel, read_model
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
+from pipeline.tracking import run_key
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
     from mlflow.models import ModelSignature
 
-LEDGER_TAG, DIGEST_TAG = "glow.ledger", "glow.digest"
+LEDGER_TAG, DIGEST_TAG, RUN_TAG = "glow.ledger", "glow.digest", "glow.run"
 FOLDER = "glow"
 """Name of the model folder inside the MLflow artifact (below data/)."""
 
@@ -49,7 +47,7 @@ def load_model(where: str, uri: str = "") -> LoadedModel:
     if address is None:
         raise UsageError("not a model address", where=where, cure="models:/NAME@champion or models:/NAME/3")
     name, alias, version = address.groups()
-    registry = ModelRegistry(uri or os.environ.get("MLFLOW_TRACKING_URI", ""))
+    registry = ModelRegistry(uri or default_uri())
     return registry.load(name, int(version) if version else registry.resolve(name, alias))
 
 
@@ -94,6 +92,19 @@ class ModelRegistry:
                 self.client.delete_model_version(name, str(made))
         return first
 
+    def register_run(self, name: str, run: Storage, tracking: TrackingConfig) -> int:
+        """Register RUN/model under the run's MLflow run, with its lineage as tags."""
+        tracking = replace(tracking, uri=self.uri)
+        folder = run.sub("model")
+        lineage = json.loads(folder.read("lineage.json"))
+        data = {f"data.{key}": value for key, value in lineage.pop("data").items()}
+        tags = {key: str(value) for key, value in (lineage | data | {RUN_TAG: run.url}).items() if value != ""}
+        with translated(self.uri), tempfile.TemporaryDirectory() as scratch:
+            run_id = find_run(self.client, tracking, lineage["name"], run_key(run))
+            for file in folder.list():
+                folder.download(file, Path(scratch) / file)
+            return self.register(name, Path(scratch), run_id, tags)
+
     def load(self, name: str, version: int) -> LoadedModel:
         """Load a version, its digest checked against the one it was registered with."""
         import mlflow.artifacts
@@ -113,6 +124,11 @@ class ModelRegistry:
         """The tags of a version: its digest and lineage."""
         with translated(self.uri):
             return dict(self._version(name, version).tags)
+
+    def tags_of_digest(self, name: str, digest: str) -> dict[str, str]:
+        """The tags of the version with an artifact digest."""
+        with translated(self.uri):
+            return dict(self._version(name, self._versions(name, digest)[0]).tags)
 
     def ledger(self, name: str) -> Ledger:
         """The ledger of a registered model."""
@@ -151,23 +167,18 @@ class ModelRegistry:
         champion = evidence(self.load(name, before.version)) if before else None
         results = tuple(judge(evidence(loaded), champion, limits or Limits()))
         announce(results)
-        failed = _refuse_failures(results, forced, f"models:/{name}/{version}")
+        failed = refuse_failures(results, forced, f"models:/{name}/{version}")
         if dry_run:
             return Promotion(None, results)
         entry = Entry(
-            sequence=0,
-            previous="",
             model=name,
             alias=alias,
             version=version,
             digest=loaded.digest,
             replaces=before.version if before else 0,
-            actor=_actor(),
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
             reason=reason,
             forced=failed,
             gates=as_json(results),
-            attempt=secrets.token_hex(8),
         )
         entry = ledger.append(entries, entry)
         self._reconcile(name, ledger)
@@ -287,23 +298,3 @@ def _refuse_words(name: str, alias: str, forced: Sequence[str], reason: str) -> 
         raise UsageError("--force-gate without --reason", cure="say why; it is written into the ledger")
     if not re.fullmatch(r"[\w][\w.-]*", name):
         raise UsageError(f"model name {name!r}", cure="letters, digits, dots, dashes and underscores")
-
-
-def _refuse_failures(results: Sequence[Result], forced: Sequence[str], where: str) -> tuple[str, ...]:
-    """The gates that failed and are overruled; GateError if any is not."""
-    if unknown := set(forced) - {result.gate for result in results}:
-        cure = f"gates are {', '.join(result.gate for result in results)}"
-        raise UsageError(f"no gate {', '.join(sorted(unknown))}", cure=cure)
-    failed = tuple(result.gate for result in results if not result.passed)
-    if refused := [gate for gate in failed if gate not in forced]:
-        found = "; ".join(f"{result.gate}: {result.detail}" for result in results if result.gate in refused)
-        raise GateError(f"not promoted: {found}", where=where, cure="--force-gate GATE --reason WHY overrules it")
-    return failed
-
-
-def _actor() -> str:
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # a container without a user database
-        user = str(os.getuid())
-    return f"{user}@{platform.node()}"

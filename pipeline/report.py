@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -21,12 +21,22 @@ from pipeline.spool import Row
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
+class Picture(NamedTuple):
+    """A picture of the report."""
+
+    title: str
+    note: str
+    image: Image.Image
+
+
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything a reviewer is shown. The first evaluation is the model that ships; others are for comparison."""
 
     title: str
     split: str
+    samples: int
+    """Images of the split, evaluated or not."""
     data: str
     """Dataset digest."""
     evaluations: Mapping[str, Evaluation]
@@ -34,8 +44,7 @@ class Report:
     """Bits per dimension of "png" and "webp" files of the same pixels."""
     curves: Mapping[str, Points] = field(default_factory=dict)
     """"train" and "val": (images seen, bits per dimension)."""
-    pictures: Sequence[tuple[str, str, Image.Image]] = ()
-    """(title, what one sees, picture)"""
+    pictures: Sequence[Picture] = ()
     gates: Sequence[Result] = ()
     lineage: Mapping[str, str] = field(default_factory=dict)
 
@@ -61,6 +70,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "schema": 1,
         "title": report.title,
         "split": report.split,
+        "samples": report.samples,
         "data": report.data,
         "evaluations": {name: asdict(found) for name, found in report.evaluations.items()},
         "codecs": {name: asdict(found) for name, found in report.codecs.items()},
@@ -78,8 +88,7 @@ def as_html(report: Report) -> str:
     cards += [_picture(*picture) for picture in report.pictures]
     cards += [_gates(report.gates), _lineage(report.lineage)]
     lead = (
-        f"{report.main.bits_per_dim.images} images of split {report.split}, {report.main.bits} bits a value, "
-        f"dataset {report.data[:12]}"
+        f"{_count(report)} images of split {report.split}, {report.main.bits} bits a value, dataset {report.data[:12]}"
     )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
@@ -215,6 +224,11 @@ def _table(head: str, rows: str) -> str:
 def _bar(share: float, mine: bool, minus: bool = False) -> str:
     kind = "fill" + " mine" * mine + " minus" * minus
     return f'<div class="{kind}" style="width:{100 * share:.1f}%"></div>'
+
+
+def _count(report: Report) -> str:
+    done = report.main.bits_per_dim.images
+    return f"All {done}" if done == report.samples else f"The first {done} of {report.samples}"
 
 
 def _number(value: float | None) -> str:

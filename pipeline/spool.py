@@ -55,12 +55,17 @@ class Cursor:
         """The rows behind the cursor, oldest first; a line still being written is not one of them."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            return [json.loads(line) for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+            return parse_rows(file.read())
 
     def advance(self, rows: list[Row]) -> None:
         """Move behind `rows`, the oldest of those pending."""
         self._offset += sum(len(canonical_json(row)) for row in rows)
         self.count += len(rows)
+
+
+def parse_rows(data: bytes) -> list[Row]:
+    """The rows of a spool file; a torn last line is not one of them."""
+    return [json.loads(line) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def last_positions(rows: list[Row]) -> dict[str, int]:

@@ -1,0 +1,107 @@
+"""Evaluate a run or a model: exact bits/dim of held-out images beside PNG and WebP, as one HTML page and as JSON.
+
+  python -m jobs evaluate runs/faces
+  python -m jobs evaluate models:/faces@champion --data datasets/faces --report report.html
+
+For a run the review is kept in RUN/eval/, where promotion finds it, and shown in MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from pipeline.report import Report
+    from pipeline.review import Subject
+
+Target = Annotated[str, tyro.conf.arg(metavar="RUN_OR_MODEL")]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Evaluate what is named on the command line."""
+    return tyro.cli(evaluate, prog="python -m jobs evaluate", description=__doc__, args=list(argv))
+
+
+def evaluate(
+    target: Target,
+    /,
+    split: str = "",
+    max_images: int = 0,
+    data: str = "",
+    report: str = "",
+    temperature: float = 0.7,
+    uri: str = "",
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
+) -> int:
+    """Evaluate a run's newest checkpoint, or a model.
+
+    Args:
+        target: A run's folder, a model's folder, an s3:// prefix of either, models:/NAME@alias or models:/NAME/3.
+        split: Split to judge on; empty takes the run's validation split.
+        max_images: Judge on the first so many images; 0 takes all.
+        data: Prefix of the dataset; empty takes the one the run learned from. A model needs it.
+        report: HTML file to write, with the same as JSON beside it.
+        temperature: Of the sample grid.
+        uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
+        dry_run: Open everything, say what would be evaluated, write nothing.
+    """
+    from pipeline.review import keep_review, open_subject, review
+
+    subject = open_subject(target, data, uri)
+    split = split or subject.config.data.validation
+    count = min(max_images or 1 << 62, subject.manifest.split(split).samples)
+    places = [f"{subject.run.where('eval')}/{split}.html"] if subject.run else []
+    places += [report] if report else []
+    weights = " and ".join({"ema": "averaged", "raw": "last"}[name] for name in subject.models)
+    print(
+        f"{subject.title}: {weights} weights on {count} images of split {split}, dataset {subject.manifest.digest[:12]}"
+    )
+    if dry_run:
+        print(f"dry run: would write {' and '.join(places) or 'nothing'}")
+        return 0
+    found = review(subject, split, max_images, temperature)
+    if subject.run:
+        keep_review(subject.run, found)
+        _show_in_mlflow(subject, found)
+    if report:
+        _write(Path(report), found)
+    _print(found)
+    print("\n".join(f"report: {place}" for place in places))
+    return 0
+
+
+def _write(path: Path, found: Report) -> None:
+    from pipeline.report import as_html, as_json
+    from pipeline.storage import canonical_json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(as_html(found), encoding="utf-8")
+    path.with_suffix(".json").write_bytes(canonical_json(as_json(found)))
+
+
+def _print(found: Report) -> None:
+    figures = {f"model ({name})": evaluation.bits_per_dim for name, evaluation in found.evaluations.items()}
+    figures |= dict(found.codecs)
+    mine = found.main.bits_per_dim.mean
+    for name, figure in figures.items():
+        beside = f"   model / {name} = {mine / figure.mean:.3f}" if name in found.codecs else ""
+        print(f"{name:12} {figure.mean:8.4f} ± {figure.stderr:.4f} bits/dim{beside}")
+    print(f"{'round trip':12} {found.main.round_trip:8.1e}")
+
+
+def _show_in_mlflow(subject: Subject, found: Report) -> None:
+    """Record the classes' figures and the report with the run they are about."""
+    from pipeline.tracking import Tracker, flat_params
+
+    assert subject.run is not None
+    config = subject.config
+    tracker = Tracker(subject.run, config.tracking, config.name)
+    tracker.start(flat_params(config))
+    figures = {f"{found.split}/bpd_class/{name}": figure.mean for name, figure in found.main.classes.items()}
+    tracker.log(int(subject.lineage["images"]), figures)
+    tracker.artifact(f"eval/{found.split}.html")
+    tracker.close()

@@ -1,0 +1,189 @@
+"""From a run's newest checkpoint to a model folder: averaged weights, directions, golden samples, card, lineage."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from glow import Glow, attribute_directions
+from pipeline.checkpoint import load_latest
+from pipeline.config import DataConfig, TrainConfig, fingerprint, read_config
+from pipeline.errors import ConfigError, UsageError
+from pipeline.evaluate import BATCH, NOISE_SEED
+from pipeline.learner import Examples
+from pipeline.manifest import Manifest
+from pipeline.model import EXAMPLES, ModelConfig, write_model
+from pipeline.order import Sequential
+from pipeline.sampling import Condition, one_thread
+from pipeline.storage import MissingError, Storage
+from pipeline.stream import Stream
+from pipeline.world import World
+
+DIRECTION_IMAGES = 512
+"""First images of the training split that directions are taken over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """The newest checkpoint of a run."""
+
+    storage: Storage
+    config: TrainConfig
+    step: int
+    images: int
+    tensors: Mapping[str, Tensor] = field(repr=False)
+
+    def model(self, weights: str = "ema") -> Glow:
+        """The model with its averaged ("ema") or last ("raw") weights."""
+        kept = {key.removeprefix("model/"): tensor for key, tensor in self.tensors.items() if key.startswith("model/")}
+        averaged = {name: self.tensors.get(f"ema/{name}", tensor) for name, tensor in kept.items()}
+        model = Glow(self.config.model)
+        model.load_state_dict(averaged if weights == "ema" else kept)
+        return model.eval()
+
+
+def read_run(run: Storage) -> TrainedRun:
+    """Load a run's configuration and newest whole checkpoint; UsageError where there is none yet."""
+    try:
+        text = run.read("config.toml")
+    except MissingError as error:
+        raise UsageError(
+            "not a run: no config.toml", where=run.url, cure="give a run's folder: STORAGE/NAME"
+        ) from error
+    with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.toml").write_bytes(text)
+        config = read_config(Path(scratch) / "config.toml")
+    loaded = load_latest(run, World(), fingerprint(config, config.data.digest))
+    if loaded is None:
+        raise UsageError("no checkpoint yet", where=run.url, cure="train it first, or for longer")
+    return TrainedRun(storage=run, config=config, step=loaded.step, images=loaded.images, tensors=loaded.tensors)
+
+
+def natural_stream(manifest: Manifest, split: str, data: DataConfig) -> Stream:
+    """A split in its natural order: position i is sample i."""
+    found = manifest.split(split)
+    order = Sequential([shard.samples for shard in found.shards])
+    cache = Path(data.cache) if data.cache else Path.home() / ".cache" / "glow-pipeline"
+    return Stream(manifest.storage, manifest, found, order, cache, int(data.cache_gb * 1e9))
+
+
+def export_model(run: TrainedRun, manifest: Manifest, card: str = "") -> str:
+    """Write RUN/model from the averaged weights and return its digest; equal weights and data give an equal digest."""
+    if manifest.digest != run.config.data.digest:
+        found = f"dataset {manifest.digest[:12]}, the run learned from {run.config.data.digest[:12]}"
+        raise ConfigError(found, where=manifest.storage.url, cure="give --data with the prefix it was trained on")
+    model = run.model()
+    inputs = Examples(run.config, manifest, torch.device("cpu"))
+    with natural_stream(manifest, run.config.data.train, run.config.data) as stream:
+        return write_model(
+            run.storage.sub("model"),
+            model,
+            model_config(run.config, manifest),
+            directions=directions(model, stream, inputs, manifest),
+            examples=example_conditions(stream, inputs),
+            lineage=lineage_of(run, manifest),
+            card=card or model_card(run, manifest),
+        )
+
+
+def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
+    """What config.json says of a run's model."""
+    data = {
+        "digest": manifest.digest,
+        "license": manifest.license,
+        "lossless": manifest.lossless,
+        "train": config.data.train,
+        "validation": config.data.validation,
+    }
+    return ModelConfig(
+        model=config.model,
+        bits=config.data.bits,
+        attributes=tuple(manifest.attributes),
+        editable=tuple(manifest.editable),
+        labels=tuple(manifest.labels),
+        data=data,
+    )
+
+
+@torch.no_grad()
+def directions(model: Glow, stream: Stream, inputs: Examples, manifest: Manifest) -> list[Tensor]:
+    """Mean latent with each editable attribute minus without it, per level [A, c, h, w], over the first images.
+
+    Images are encoded as if nothing were known about them, so that what makes the difference is in the latents.
+    """
+    columns = [manifest.attributes.index(name) for name in manifest.editable]
+    if not columns:
+        return [torch.zeros(0, *shape) for shape in model.latent_shapes()]
+
+    def encoded() -> Iterator[tuple[list[Tensor], Tensor]]:
+        for batch in stream.batches(0, BATCH, stop=min(DIRECTION_IMAGES, stream.samples)):
+            yield model.encode(inputs.of(batch, NOISE_SEED)[0]), batch.attributes[:, columns]
+
+    with one_thread():
+        return attribute_directions(encoded(), len(columns))
+
+
+def example_conditions(stream: Stream, inputs: Examples) -> Condition:
+    """Labels and attributes of the first images, as far as the model is conditioned on them."""
+    _, label, attributes = inputs.of(stream.fetch(np.arange(min(EXAMPLES, stream.samples))), NOISE_SEED)
+    return label, attributes
+
+
+def lineage_of(run: TrainedRun, manifest: Manifest) -> dict[str, Any]:
+    """Where a model comes from: names, places and times, none of which the artifact digest depends on."""
+    return {
+        "schema": 1,
+        "run": run.storage.url,
+        "name": run.config.name,
+        "fingerprint": fingerprint(run.config, manifest.digest),
+        "step": run.step,
+        "images": run.images,
+        "data": {"prefix": manifest.storage.url, "digest": manifest.digest, "split": run.config.data.train},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain")),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "processor": platform.machine(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def model_card(run: TrainedRun, manifest: Manifest) -> str:
+    """The model card, in Markdown."""
+    config = run.config.model
+    known = [f"{len(manifest.labels)} classes ({', '.join(manifest.labels)})"] if config.classes > 0 else []
+    known += [f"{len(manifest.editable)} attributes ({', '.join(manifest.editable)})"] if config.attributes > 0 else []
+    lossless = "" if manifest.lossless else " (lossy shards: bits/dim compare with nothing)"
+    return f"""# {run.config.name}
+
+A Glow: a normalizing flow with exact likelihoods, {config.levels} levels of {config.steps} steps, {config.coupling} \
+couplings of width {config.width}, over {config.size} px images of {config.channels} channels, \
+{run.config.data.bits} bits each.
+
+- Conditioned on: {" and ".join(known) or "nothing"}
+- Learned from: split `{run.config.data.train}` of dataset `{manifest.digest}`{lossless}, {run.images:,} images seen
+- Licence of the data: {manifest.license or "not stated"}
+- Weights: averaged with a half-life of {run.config.optim.ema_halflife:,} images
+
+Limits: it samples what resembles its training images, their biases included; likelihoods rank images by how
+compressible they are as much as by how typical; attributes are those annotated in the data, as annotated.
+"""
+
+
+def _git(*arguments: str) -> str:
+    """What git says about the program's source; empty where it is not in a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

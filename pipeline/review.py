@@ -1,0 +1,178 @@
+"""A review: open a run or a model, evaluate it on held-out images, draw it, and keep what was found.
+
+What was found about a run lies in RUN/eval/SPLIT.html and SPLIT.json; promotion uses it where it is about the very same
+weights and images, and evaluates anew where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from glow import Glow
+from pipeline.config import DataConfig, TrainConfig
+from pipeline.errors import ConfigError
+from pipeline.evaluate import NOISE_SEED, Evaluation, codec_figures, evaluate
+from pipeline.export import lineage_of, natural_stream, read_run
+from pipeline.grids import attribute_columns, sample_grid, temperature_columns
+from pipeline.learner import Examples
+from pipeline.manifest import Manifest, open_manifest
+from pipeline.model import LoadedModel, weights_of
+from pipeline.registry import load_model
+from pipeline.report import Picture, Report, as_html, as_json, loss_curves
+from pipeline.spool import Row, parse_rows
+from pipeline.storage import MissingError, Storage, canonical_json, open_storage, sha256_hex
+from pipeline.stream import Stream
+from pipeline.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is judged: one model with one or two sets of weights, and the data it is judged on."""
+
+    title: str
+    config: TrainConfig
+    manifest: Manifest
+    models: Mapping[str, Glow]
+    """By the name of their weights; the first is what ships."""
+    run: Storage | None = None
+    """The run's folder, where there is one."""
+    lineage: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def main(self) -> Glow:
+        """The model that ships."""
+        return next(iter(self.models.values()))
+
+
+def open_subject(target: str, data: str = "", uri: str = "") -> Subject:
+    """Open a run's folder, or a model (folder, s3:// prefix, models:/ address); `data` says where the dataset is."""
+    if target.startswith("models:/") or open_storage(target).exists("model.json"):
+        return subject_of_model(load_model(target, uri), data)
+    run = read_run(open_storage(target))
+    config = replace(run.config, data=replace(run.config.data, prefix=data or run.config.data.prefix))
+    manifest = open_manifest(open_storage(config.data.prefix))
+    found = lineage_of(run, manifest)
+    lineage = {key: str(found[key]) for key in ("run", "step", "images", "fingerprint", "commit", "torch", "time")}
+    return Subject(
+        title=run.config.name,
+        config=config,
+        manifest=manifest,
+        models={"ema": run.model("ema"), "raw": run.model("raw")},
+        run=run.storage,
+        lineage=lineage | {"dataset": manifest.digest, "weights": sha256_hex(weights_of(run.model("ema")))},
+    )
+
+
+def subject_of_model(loaded: LoadedModel, data: str, title: str = "") -> Subject:
+    """A loaded model as a subject; its folder does not name a place, so `data` must."""
+    if not data:
+        raise ConfigError("a model names its dataset by digest alone", where=loaded.where, cure="give --data PREFIX")
+    manifest = open_manifest(open_storage(data))
+    known = loaded.config
+    if (known.model.size, known.model.channels) != (manifest.size, manifest.channels) or (
+        known.model.attributes > 0 and known.editable != tuple(manifest.editable)
+    ):
+        raise ConfigError("this dataset's images or attributes do not fit the model", where=data)
+    settings = DataConfig(prefix=data, bits=known.bits, train=known.data["train"], validation=known.data["validation"])
+    return Subject(
+        title=title or loaded.where.rstrip("/").rpartition("/")[2],
+        config=TrainConfig(data=settings, model=known.model),
+        manifest=manifest,
+        models={"ema": loaded.model},
+        lineage={"artifact": loaded.digest, "dataset": manifest.digest, "weights": loaded.files["weights.safetensors"]},
+    )
+
+
+def evaluate_subject(subject: Subject, stream: Stream, images: int = 0) -> dict[str, Evaluation]:
+    """Evaluate every set of weights on the first `images` (0: all) of a stream."""
+    inputs = Examples(subject.config, subject.manifest, torch.device("cpu"))
+    bits, names = subject.config.data.bits, subject.manifest.labels
+    return {
+        name: evaluate(model, inputs, stream, World(), bits=bits, labels=names, images=images)
+        for name, model in subject.models.items()
+    }
+
+
+def evaluate_model(loaded: LoadedModel, data: str, split: str) -> Evaluation:
+    """Evaluate a model on all images of a split of a dataset."""
+    subject = subject_of_model(loaded, data)
+    with natural_stream(subject.manifest, split, subject.config.data) as stream:
+        return evaluate_subject(subject, stream)["ema"]
+
+
+def review(subject: Subject, split: str, images: int = 0, temperature: float = 0.7) -> Report:
+    """Everything a reviewer is shown about a subject."""
+    with natural_stream(subject.manifest, split, subject.config.data) as stream:
+        return Report(
+            title=subject.title,
+            split=split,
+            samples=stream.samples,
+            data=subject.manifest.digest,
+            evaluations=evaluate_subject(subject, stream, images),
+            codecs=codec_figures(stream, subject.config.data.bits, images),
+            curves=loss_curves(_rows(subject.run)),
+            pictures=_pictures(subject, stream, temperature),
+            lineage=subject.lineage,
+        )
+
+
+def keep_review(run: Storage, report: Report) -> None:
+    """Write RUN/eval/SPLIT.html and SPLIT.json."""
+    run.write(f"eval/{report.split}.html", as_html(report).encode())
+    run.write(f"eval/{report.split}.json", canonical_json(as_json(report)))
+
+
+def kept_evaluation(run: Storage, split: str, weights: str, data: str) -> Evaluation | None:
+    """What a kept review says about these weights on all of that split; None where it is about something else."""
+    try:
+        kept = TypeAdapter(_Kept).validate_json(run.read(f"eval/{split}.json"))
+    except (MissingError, ValidationError):
+        return None
+    found = next(iter(kept.evaluations.values()))
+    same = (kept.lineage.get("weights"), kept.data) == (weights, data)
+    return found if same and found.bits_per_dim.images == kept.samples else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kept:
+    """The part of a kept review that promotion needs."""
+
+    samples: int
+    data: str
+    evaluations: dict[str, Evaluation]
+    lineage: dict[str, str]
+
+
+def _rows(run: Storage | None) -> list[Row]:
+    try:
+        return parse_rows(run.read("metrics.jsonl")) if run else []
+    except MissingError:
+        return []
+
+
+def _pictures(subject: Subject, stream: Stream, temperature: float) -> Sequence[Picture]:
+    inputs = Examples(subject.config, subject.manifest, torch.device("cpu"))
+    model, bits = subject.main, subject.config.data.bits
+    base = inputs.of(stream.fetch(np.arange(min(4, stream.samples))), NOISE_SEED)[1:]
+    seeds = range(min(4, stream.samples))
+    editable = subject.manifest.editable
+    asked = ["", *(f"+{name}" for name in editable[:7])] if subject.config.model.attributes > 0 else [""]
+    columns = attribute_columns(subject.config.model, editable, base, asked)
+    heats = temperature_columns((0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), base)
+    return (
+        Picture(
+            "Samples",
+            f"Rows: fixed seeds, conditions of held-out images. Columns: one attribute asked for. T = {temperature:g}.",
+            sample_grid(model, bits, seeds, columns, temperature),
+        ),
+        Picture(
+            "Temperature",
+            "The same seeds and conditions; latents are scaled by T before they are decoded.",
+            sample_grid(model, bits, seeds[:2], heats, temperature),
+        ),
+    )
