@@ -1,0 +1,240 @@
+"""The stream: shards fetched and proven ahead of need, decoded in threads, given as batches that know their position.
+
+Its only state is the position. The order says which samples the coming batches need; a few threads fetch their shards
+through the cache, others decode (Pillow lets go of the interpreter while it inflates), and neither their number nor
+how far they run ahead changes what a batch holds. A shard stays open while a batch ahead needs it, no longer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.cache import OpenShards, ShardCache, allow_open_files
+from pipeline.errors import ConfigError, DataError
+from pipeline.manifest import Manifest, Split
+from pipeline.order import Ints, Sequential
+from pipeline.shards import ShardIndex, decode
+from pipeline.storage import Storage
+
+DEPTH = 2
+"""Batches decoded before they are asked for."""
+PLANNED = 64
+"""Batches located at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Consecutive samples of the stream, or a rank's rows of them; tensors on the CPU, pinned where there is a GPU."""
+
+    pixels: Tensor
+    """uint8 [b, c, h, w]."""
+    labels: Tensor
+    """int64 [b]; -1 where unknown."""
+    attributes: Tensor
+    """int8 [b, A] in {-1, 0, 1}, all of the manifest's."""
+    epochs: Tensor
+    """int64 [b]: how often the split was read before."""
+    samples: Tensor
+    """int64 [b]: index in the split."""
+    position: int
+    """Global position of the first row of the whole batch."""
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """Where the rows of a coming batch lie."""
+
+    position: int
+    epochs: Ints
+    shards: Ints
+    rows: Ints
+    needs: list[int]
+
+
+@dataclass(kw_only=True)
+class _Pending:
+    """A batch being decoded."""
+
+    plan: _Plan
+    batch: Batch
+    parts: list[Future[None]] = field(default_factory=list)
+
+
+class Stream:
+    """A split of a dataset in some order. For one thread at a time; `close` it, or use it as a context."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        split: Split,
+        order: Sequential,
+        cache: Path,
+        cache_bytes: int,
+        threads: int = 0,
+    ) -> None:
+        if (order.shards, order.size) != (len(split.shards), split.samples):
+            raise ValueError(f"an order of {order.size} samples for a split of {split.samples}")
+        self._manifest, self._split, self._order = manifest, split, order
+        self._storage, self._limit, self._pin = storage, cache_bytes, torch.cuda.is_available()
+        self._shards = OpenShards(ShardCache(storage, cache, cache_bytes), split.shards, order.window)
+        self._threads = threads or min(4, len(os.sched_getaffinity(0)))
+        self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="stream-decode")
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def samples(self) -> int:
+        """Samples in an epoch."""
+        return self._split.samples
+
+    def fetch(self, positions: Ints) -> Batch:
+        """The samples at these global positions [n]. Raises as `batches` does."""
+        (plan,) = self._located(np.asarray(positions, dtype=np.int64)[None])
+        self._shards.make_way(plan.needs, len(plan.needs))
+        self._shards.take(plan.needs)
+        pending = self._started(plan)
+        try:
+            return _finished(pending)
+        finally:
+            self._drop([pending], [])
+
+    def batches(self, start: int, batch: int, rows: slice = slice(None), stop: int | None = None) -> Iterator[Batch]:
+        """Global batches k = 0, 1, ... at positions [start + k * batch, start + (k + 1) * batch), `rows` of each.
+
+        Goes on for ever, or to position `stop`, where the last batch may be short or hold none of the rows; every rank
+        gets equally many. Raises `DataError` naming the shard where bytes are not what the manifest says, `RemoteError`
+        where it cannot be fetched, `ConfigError` where the cache cannot hold what is open at a time.
+        """
+        own = range(batch)[rows]
+        ahead, most = self._prepared(batch, own)
+        plans = self._plans(start, batch, own, start + (1 << 62) if stop is None else stop, min(ahead, PLANNED))
+        coming = next(plans, None)
+        waiting: deque[_Plan] = deque()
+        ready: deque[_Pending] = deque()
+        try:
+            while coming or waiting or ready:
+                while coming and len(waiting) + len(ready) < ahead:
+                    if not self._shards.make_way(coming.needs, most) and (waiting or ready):
+                        break
+                    self._shards.take(coming.needs)
+                    waiting.append(coming)
+                    coming = next(plans, None)
+                while waiting and len(ready) < DEPTH:
+                    ready.append(self._started(waiting.popleft()))
+                found = _finished(ready[0])
+                self._shards.give(ready.popleft().plan.needs)
+                yield found
+        finally:
+            self._drop(ready, waiting)
+
+    def close(self) -> None:
+        """Stop all threads and let every shard go; what is being fetched is finished, or fails, first."""
+        self._shards.close()
+        self._decoders.shutdown(cancel_futures=True)
+
+    def _prepared(self, batch: int, own: range) -> tuple[int, int]:
+        """How many batches to run ahead, about a window, and how many shards may be open: two windows of every lane."""
+        first, last = (place * self._order.lanes // batch for place in (own.start, max(own.start, own.stop - 1)))
+        shards = min(2 * self._order.window * (last - first + 1), len(self._split.shards))
+        sizes = sorted(shard.bytes for shard in self._split.shards)
+        needed = sum(sizes[-shards:])
+        if needed > self._limit:
+            found = f"{self._limit / 1e9:.3g} GB of cache for {shards} shards read at a time"
+            raise ConfigError(found, where=self._split.name, cure=f"set data.cache_gb to {needed / 1e9:.3g} or more")
+        allow_open_files(shards)
+        window = self._order.window * self._order.lanes * self.samples // len(self._split.shards)
+        return max(DEPTH + 1, window // batch), shards
+
+    def _plans(self, start: int, batch: int, own: range, stop: int, count: int) -> Iterator[_Plan]:
+        while start < stop:
+            firsts = start + batch * np.arange(min(count, -(-(stop - start) // batch)), dtype=np.int64)
+            positions = firsts[:, None] + np.arange(own.start, own.stop)
+            plans = self._located(positions, firsts)
+            if start + batch * len(firsts) > stop:
+                plans[-1:] = self._located(positions[-1:, positions[-1] < stop], firsts[-1:])
+            yield from plans
+            start += batch * len(firsts)
+
+    def _located(self, positions: Ints, firsts: Ints | None = None) -> list[_Plan]:
+        """Locate the rows of some batches [batches, rows] at once."""
+        firsts = positions[:, 0] if firsts is None else firsts
+        found = [part.reshape(positions.shape) for part in self._order.locate(positions.reshape(-1))]
+        return [
+            _Plan(position=int(first), epochs=epochs, shards=shards, rows=rows, needs=np.unique(shards).tolist())
+            for first, epochs, shards, rows in zip(firsts, *found, strict=True)
+        ]
+
+    def _drop(self, ready: deque[_Pending] | list[_Pending], waiting: deque[_Plan] | list[_Plan]) -> None:
+        for pending in ready:
+            wait([part for part in pending.parts if not part.cancel()])  # a cancelled one may never be notified
+            self._shards.give(pending.plan.needs)
+        for plan in waiting:
+            self._shards.give(plan.needs)
+
+    def _started(self, plan: _Plan) -> _Pending:
+        count, size, channels = len(plan.shards), self._manifest.size, self._manifest.channels
+        batch = Batch(
+            pixels=self._empty(torch.uint8, count, channels, size, size),
+            labels=self._empty(torch.int64, count),
+            attributes=self._empty(torch.int8, count, len(self._manifest.attributes)),
+            epochs=torch.from_numpy(plan.epochs.copy()),
+            samples=torch.from_numpy(self._order.sample(plan.shards, plan.rows)),
+            position=plan.position,
+        )
+        pending = _Pending(plan=plan, batch=batch)
+        indices = {shard: self._shards[shard] for shard in plan.needs}
+        cuts = [count * part // self._threads for part in range(self._threads + 1)]
+        for begin, end in itertools.pairwise(cuts):
+            if begin < end:
+                pending.parts.append(self._decoders.submit(self._decode, plan, indices, batch, begin, end))
+        return pending
+
+    def _empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pin)
+
+    def _decode(self, plan: _Plan, indices: dict[int, Future[ShardIndex]], batch: Batch, begin: int, end: int) -> None:
+        pixels, labels, attributes = batch.pixels.numpy(), batch.labels.numpy(), batch.attributes.numpy()
+        for place in range(begin, end):
+            shard, row = int(plan.shards[place]), int(plan.rows[place])
+            data, meta = indices[shard].result().read(row)
+            try:
+                pixels[place] = decode(data, self._manifest.size, self._manifest.channels)
+                labels[place], attributes[place] = self._described(meta)
+            except DataError as error:
+                where = f"{self._storage.where(self._split.shards[shard].file)} row {row}"
+                raise DataError(error.what, where=where, cure=error.cure) from error
+
+    def _described(self, meta: dict[str, Any]) -> tuple[int, list[int]]:
+        label = -1 if meta["label"] is None else meta["label"]
+        attributes = meta["attributes"]
+        classes, names = len(self._manifest.labels), len(self._manifest.attributes)
+        if type(label) is not int or not -1 <= label < classes:
+            raise DataError(f"label {label!r}, the manifest names {classes}", cure="prepare the dataset again")
+        if not isinstance(attributes, list) or len(attributes) != names or not {-1, 0, 1}.issuperset(attributes):
+            raise DataError(f"attributes are not {names} of -1, 0, 1", cure="prepare the dataset again")
+        return label, attributes
+
+
+def _finished(pending: _Pending) -> Batch:
+    for part in pending.parts:
+        part.result()
+    return pending.batch
