@@ -1,6 +1,7 @@
 """How a toy face is drawn: flat shapes back to front over a backdrop, soft light, sensor grain.
 
-Shapes are drawn at four times the size and averaged down. Lengths are in units of the image's side; y points down.
+Shapes are drawn at four times the size (twice, above 128 px) and averaged down. Lengths are in units of the image's
+side; y points down.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Face:
 
 def render(face: Face, size: int, grain: np.random.Generator | None = None) -> np.ndarray:
     """Render a face as uint8 [size, size, 3]; with a generator, under sensor grain."""
-    over = 4 if size <= 256 else 2
+    over = 4 if size <= 128 else 2
     backdrop = _background(face, size)
     canvas = Image.fromarray(np.rint(backdrop).astype(np.uint8)).resize(
         (size * over, size * over), Image.Resampling.BILINEAR

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -246,7 +245,10 @@ def _opened(root: Root, digest: str, storage: Storage) -> Manifest:
 
 
 def _parse_root(data: bytes, where: str) -> Root:
-    value = _json(data, where)
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise DataError("not JSON", where=where, cure=CURE) from error
     schema = value.get("schema") if isinstance(value, dict) else None
     if schema != SCHEMA:
         raise DataError(f"manifest schema {schema}, this program reads {SCHEMA}", where=where, cure="use its version")
@@ -295,10 +297,3 @@ def _read_part(storage: Storage, part: Part) -> list[Shard]:
     for shard in shards:
         checked_key(shard.file)
     return shards
-
-
-def _json(data: bytes, where: str) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise DataError("not JSON", where=where, cure=CURE) from error

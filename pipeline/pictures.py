@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from pipeline import manifest
 from pipeline.errors import DataError
 from pipeline.storage import sha256_hex
 
@@ -68,6 +70,30 @@ def load(data: bytes, target: Target, where: str) -> np.ndarray:
     if side != target.size:
         picture = picture.resize((target.size, target.size), Image.Resampling.LANCZOS)
     return np.asarray(picture)
+
+
+def common_form(files: Mapping[str, Header], size: int, *, convert: bool) -> manifest.Image:
+    """Find what all pictures become (`size` 0: as they are), or name one that does not fit."""
+    modes, sides = {}, {}
+    for file, header in files.items():
+        if not header.plain and not convert:
+            raise DataError(f"{header.mode} with alpha, CMYK or 16 bits", where=file, cure=CONVERT)
+        modes.setdefault("L" if header.mode == "L" else "RGB", file)
+        sides.setdefault((header.width, header.height), file)
+    if len(modes) > 1 and not convert:
+        raise DataError("grey, and others are in colour", where=modes["L"], cure="--convert makes all of them RGB")
+    if not size and (len(sides) > 1 or any(width != height for width, height in sides)):
+        (width, height), file = list(sides.items())[-1]
+        what = f"{width}x{height} px, {'others differ' if len(sides) > 1 else 'not square'}"
+        raise DataError(what, where=file, cure="--size N crops to a square and resizes")
+    least = min(sides, key=min)
+    size = size or least[0]
+    if min(least) < size:
+        what = f"{least[0]}x{least[1]} px is smaller than --size {size}"
+        raise DataError(what, where=sides[least], cure=f"choose at most {min(least)}, or remove the file")
+    resize = "none" if all(min(side) == size for side in sides) else "lanczos"
+    crop = "none" if all(width == height for width, height in sides) else "center"
+    return manifest.Image(size=size, channels=1 if set(modes) == {"L"} else 3, resize=resize, crop=crop)
 
 
 def _opened(data: bytes, where: str) -> Image.Image:

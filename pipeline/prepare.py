@@ -28,7 +28,7 @@ from pipeline.manifest import (
     open_manifest,
     write_manifest,
 )
-from pipeline.pictures import CONVERT, Header, Target, inspect, load
+from pipeline.pictures import Header, Target, common_form, inspect, load
 from pipeline.shards import Record, encode_png, pack
 from pipeline.sources import Item, Source
 from pipeline.splits import assign, subset
@@ -105,7 +105,8 @@ def make_plan(source: Source, options: Options, workers: int, report: Report) ->
     for header in ordered_map(_scan, items, workers):
         headers.append(header)
         report(1)
-    image = _image(items, headers, options)
+    files = {str(item.file): header for item, header in zip(items, headers, strict=True)}
+    image = common_form(files, options.size, convert=options.convert)
     digests = {item.source: header.sha256 for item, header in zip(items, headers, strict=True)}
     splits = {
         name: tuple((item, digests[item.source]) for item in chosen)
@@ -189,31 +190,6 @@ def tool() -> Tool:
 
 def _scan(item: Item) -> Header:
     return inspect(item.file.read_bytes(), str(item.file))
-
-
-def _image(items: Sequence[Item], headers: Sequence[Header], options: Options) -> Image:
-    """Find the common form of all pictures, or name one that does not fit."""
-    modes, sides = {}, {}
-    for item, header in zip(items, headers, strict=True):
-        if not header.plain and not options.convert:
-            raise DataError(f"{header.mode} with alpha, CMYK or 16 bits", where=str(item.file), cure=CONVERT)
-        modes.setdefault("L" if header.mode == "L" else "RGB", item)
-        sides.setdefault((header.width, header.height), item)
-    if len(modes) > 1 and not options.convert:
-        cure = "--convert makes all of them RGB"
-        raise DataError("grey, and others are in colour", where=str(modes["L"].file), cure=cure)
-    if not options.size and (len(sides) > 1 or any(width != height for width, height in sides)):
-        (width, height), item = list(sides.items())[-1]
-        what = f"{width}x{height} px, {'others differ' if len(sides) > 1 else 'not square'}"
-        raise DataError(what, where=str(item.file), cure="--size N crops to a square and resizes")
-    small = min(sides, key=min)
-    size = options.size or small[0]
-    if min(small) < size:
-        what = f"{small[0]}x{small[1]} px is smaller than --size {size}"
-        raise DataError(what, where=str(sides[small].file), cure=f"choose at most {min(small)}, or remove the file")
-    resize = "none" if all(min(side) == size for side in sides) else "lanczos"
-    crop = "none" if all(width == height for width, height in sides) else "center"
-    return Image(size=size, channels=1 if set(modes) == {"L"} else 3, resize=resize, crop=crop)
 
 
 def _split_name(items: Sequence[Item], split: str) -> str:
