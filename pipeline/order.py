@@ -99,11 +99,11 @@ class Order(Sequential):
         begin = np.maximum(starts[first + window * self.window], cuts[lane])
         stop = np.minimum(starts[np.minimum(first + (window + 1) * self.window, self.shards)], cuts[lane + 1])
         key = lane * self.shards + window
-        for value in np.unique(key).tolist():
-            chosen = key == value
-            index = int(np.argmax(chosen))
-            permutation = self._window(epoch, int(lane[index]), int(window[index]), int((stop - begin)[index]))
-            place[chosen] = begin[chosen] + permutation[place[chosen] - begin[chosen]]
+        by_window = np.argsort(key, kind="stable")
+        for group in np.split(by_window, np.flatnonzero(np.diff(key[by_window])) + 1):
+            one = group[0]
+            permutation = self._window(epoch, int(lane[one]), int(window[one]), int(stop[one] - begin[one]))
+            place[group] = begin[one] + permutation[place[group] - begin[one]]
         rank, row = _find(starts, place)
         return shards[rank], row
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.s3server import NoServerError, s3_server
+
+settings.register_profile("laws", deadline=None)  # a law is true on a busy machine too
+settings.load_profile("laws")
 
 
 @pytest.fixture(scope="session")

@@ -261,8 +261,16 @@ def test_two_streams_share_a_small_folder(prefix: str, tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_swept(prefix: str, tmp_path: Path) -> None:
     left = tmp_path / ".0123456789abcdef.tmp"
     left.write_bytes(b"half a shard")
-    ShardCache(open_storage(prefix), tmp_path, ROOM)
-    assert not left.exists()
+
+    class Interfering(Folder):
+        def download(self, key: str, path: Path) -> None:
+            super().download(key, path)
+            ShardCache(self, tmp_path, ROOM)  # another process starts meanwhile
+            assert path.exists()
+
+    with opened(Interfering(prefix), tmp_path) as stream:
+        assert not left.exists()
+        check(next(stream.batches(0, BATCH)))
 
 
 # Faults
