@@ -1,4 +1,4 @@
-"""The network inside a coupling (Glow, appendix B): 3x3, 1x1 and a zero-initialised 3x3 convolution.
+"""The network inside a coupling (Glow, section 3.3 and released code): 3x3, 1x1 and a zero-initialised 3x3 convolution.
 
 Every 3x3 convolution sees one channel more than its input, 1 on the padded border and 0 inside, as released: that is
 how a translation-invariant network knows where the edge is.

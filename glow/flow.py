@@ -155,7 +155,7 @@ class Glow(nn.Module):
         return torch.stack(errors).amax() if errors else None
 
     def terms(self, x: Tensor, label: Tensor | None = None, attributes: Tensor | None = None) -> LogProb:
-        """log p(x | label, attributes) and its terms (Glow, equation 4)."""
+        """log p(x | label, attributes) and its terms (Glow, equation 7)."""
         _, priors, log_det = self._encode(x, label, attributes)
         return LogProb(log_det + torch.stack(priors).sum(0), log_det, tuple(priors))
 

@@ -1,4 +1,4 @@
-"""What can be done with latents: draw them by seed, and find the direction of an attribute (Glow, section 5)."""
+"""What can be done with latents: draw them by seed, and find the direction of an attribute (Glow, section 6)."""
 
 from __future__ import annotations
 

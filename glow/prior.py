@@ -1,4 +1,4 @@
-"""Gaussian priors of the latents: learned at the top, read off the kept half at every split (Glow, section 3.5)."""
+"""Gaussian priors of the latents: learned at the top, read off the kept half at every split (released code)."""
 
 from __future__ import annotations
 

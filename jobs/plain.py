@@ -99,7 +99,7 @@ class ZeroConv(nn.Module):
 
 
 class Network(nn.Module):
-    """Appendix B: 3x3, 1x1 and zero 3x3 convolutions; actnorm and ReLU between."""
+    """Section 3.3: 3x3, 1x1 and zero 3x3 convolutions; actnorm and ReLU between."""
 
     def __init__(self, channels: int, out_channels: int, width: int, condition: int) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class Step(nn.Module):
 
 
 class Prior(nn.Module):
-    """Section 3.5: N(mean, exp(log_std)) of one half from the other, or of the top from zeros and the condition."""
+    """Released code: N(mean, exp(log_std)) of one half from the other, or of the top from zeros and the condition."""
 
     def __init__(self, channels: int, condition: int) -> None:
         super().__init__()
