@@ -159,7 +159,7 @@ def _run(folder: Path, program: str, *arguments: str, check: bool = True) -> int
         command[1:1] = ["-c", str(folder / "ceph.conf")]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=START_SECONDS)
     if check and done.returncode:
-        raise NoServerError(f"{program} exited with {done.returncode}: {done.stdout.decode(errors='replace')[-500:]}")
+        raise RuntimeError(f"{program} exited with {done.returncode}: {done.stdout.decode(errors='replace')[-500:]}")
     return done.returncode
 
 
@@ -185,7 +185,7 @@ def _until(ready: Callable[[], bool], daemons: list[subprocess.Popen[bytes]]) ->
     while not ready():
         gone = [daemon.args for daemon in daemons if daemon.poll() is not None]
         if gone or time.monotonic() > end:
-            raise NoServerError(f"the server did not start: {gone or 'out of time'}")
+            raise RuntimeError(f"the server did not start: {gone or 'out of time'}")
         time.sleep(0.1)
 
 
