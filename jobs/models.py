@@ -61,7 +61,7 @@ def register(
         print(f"dry run: would write {trained.storage.url}/model from step {trained.step} and register it as {name}")
         return 0
     digest = export_model(trained, manifest)
-    version = versions.register_run(name, trained.storage, trained.config)
+    version = versions.register_run(name, trained.storage, trained.config.tracking)
     print(f"models:/{name}/{version}: artifact {digest}")
     print(f"next: python -m jobs models promote {name} {version} --uri {versions.uri}")
     return 0
@@ -106,7 +106,7 @@ def promote(
         forced=force_gate,
         reason=reason,
         dry_run=dry_run,
-        announce=_print_gates,
+        announce=print_gates,
     )
     if promotion.entry is None:
         print(f"dry run: models:/{name}/{version} would become {alias}")
@@ -119,23 +119,25 @@ def promote(
 def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = "") -> Callable[[LoadedModel], Evidence]:
     """What models say about the held-out images of a version's dataset: as a run's review says, or evaluated now."""
     from pipeline.gates import Evidence
+    from pipeline.manifest import open_manifest
     from pipeline.registry import RUN_TAG
     from pipeline.review import evaluate_model, kept_evaluation
     from pipeline.storage import open_storage
 
     tags = registry.tags(name, version)
     prefix = data or tags.get("data.prefix", "")
+    digest = open_manifest(open_storage(data)).digest if data else tags.get("data.digest", "")
 
     def evidence(loaded: LoadedModel) -> Evidence:
         run = registry.tags_of_digest(name, loaded.digest).get(RUN_TAG, "")
         split, weights = loaded.config.data["validation"], loaded.files["weights.safetensors"]
-        kept = kept_evaluation(open_storage(run), split, weights, tags["data.digest"]) if run else None
-        return Evidence(loaded, kept or evaluate_model(loaded, prefix, split))
+        kept = kept_evaluation(open_storage(run), split, weights, digest) if run else None
+        return Evidence(loaded, kept or evaluate_model(loaded, prefix, split, digest))
 
     return evidence
 
 
-def _print_gates(results: Sequence[Result]) -> None:
+def print_gates(results: Sequence[Result]) -> None:
     from pipeline.gates import table
 
     print(table(results))

@@ -9,7 +9,7 @@ from html import escape
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 640, 260
-LEFT, RIGHT, TOP, BOTTOM = 46, 92, 10, 34
+LEFT, RIGHT, TOP, BOTTOM = 46, 70, 10, 40
 
 
 def curve(lines: Mapping[str, Points], references: Mapping[str, float], x_name: str, y_name: str) -> str:
@@ -29,17 +29,17 @@ def curve(lines: Mapping[str, Points], references: Mapping[str, float], x_name: 
         return across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
     body = [_rule(place(0, tick), place(span, tick), "axis", f"{tick:g}") for tick in ticks]
-    body += [_text(*place(tick, ticks[0]), _short(tick), "middle", 18) for tick in x_ticks]
+    body += [_text(*place(tick, ticks[0]), _short(tick), "middle", 19) for tick in x_ticks]
     body += [_reference(name, place(0, y), place(span, y)) for name, y in references.items()]
     for name, points in lines.items():
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
         body.append(f'<polyline class="{name}" points="{path}"/>')
-    body.append(_text(WIDTH - RIGHT, HEIGHT - BOTTOM, x_name, "end", 32))
+    body.append(_text(WIDTH - RIGHT, HEIGHT - BOTTOM, x_name, "end", 36))
     return _svg(body, f"{y_name} over {x_name}")
 
 
 def histogram(values: Sequence[float], marker: float, name: str, bins: int = 28) -> str:
-    """Columns of counts between the extremes, with a dashed line at `marker`."""
+    """Columns of counts between the extremes, with a line at `marker`."""
     low, high = min(values), max(values)
     step = (high - low) / bins or 1.0
     counts = [0] * bins
@@ -54,10 +54,10 @@ def histogram(values: Sequence[float], marker: float, name: str, bins: int = 28)
     base, across = HEIGHT - BOTTOM, (WIDTH - 2 * LEFT) / (step * bins)
     body.append(f'<line class="axis" x1="{LEFT}" y1="{base}" x2="{WIDTH - LEFT}" y2="{base}"/>')
     ticks = [tick for tick in nice_ticks(low, high) if low <= tick <= high]
-    body += [_text(LEFT + (tick - low) * across, base, f"{tick:g}", "middle", 18) for tick in ticks]
+    body += [_text(LEFT + (tick - low) * across, base, f"{tick:g}", "middle", 19) for tick in ticks]
     x = LEFT + (marker - low) * across
-    body.append(f'<line class="ref" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{base}"/>')
-    body.append(_text(WIDTH - LEFT, base, name, "end", 32))
+    body.append(f'<line class="mark" x1="{x:.1f}" y1="{TOP}" x2="{x:.1f}" y2="{base}"/>')
+    body.append(_text(WIDTH - LEFT, base, name, "end", 36))
     return _svg(body, name)
 
 

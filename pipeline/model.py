@@ -70,6 +70,8 @@ class LoadedModel:
     golden: Mapping[str, Tensor]
     files: Mapping[str, str]
     """sha256 of every covered file."""
+    lineage: Mapping[str, Any]
+    """lineage.json as it lies there: a hint for people and defaults, not covered by the digest."""
 
     def sample(
         self, seeds: Sequence[int], temperature: float = 0.7, attributes: str | Sequence[str] = "", label: int = -1
@@ -145,6 +147,7 @@ def read_model(folder: Storage, digest: str = "") -> LoadedModel:
         directions=levels,
         golden=golden,
         files={name: entry["sha256"] for name, entry in listing.items()},
+        lineage=_lineage(folder),
     )
 
 
@@ -239,6 +242,14 @@ def _present(folder: Storage, name: str) -> bytes:
     except MissingError as error:
         cure = "a model is a folder with model.json and the files it lists"
         raise DataError("missing from the model folder", where=folder.where(name), cure=cure) from error
+
+
+def _lineage(folder: Storage) -> Mapping[str, Any]:
+    try:
+        with _parsing(folder.where("lineage.json")):
+            return dict(json.loads(folder.read("lineage.json")))
+    except MissingError:
+        return {}
 
 
 def _model_config(data: bytes, where: str) -> ModelConfig:

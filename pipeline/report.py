@@ -164,7 +164,7 @@ def _terms(evaluation: Evaluation) -> str:
     terms |= {f"prior of level {level}": share for level, share in enumerate(evaluation.priors, start=1)}
     widest = max(abs(value) for value in terms.values())
     rows = "".join(
-        f'<tr><td>{name}</td><td class="n">{value:+.3f}</td>'
+        f'<tr><td>{name}</td><td class="n">{_signed(value)}</td>'
         f'<td class="bar">{_bar(abs(value) / widest, False, value < 0)}</td></tr>'
         for name, value in terms.items()
     )
@@ -233,6 +233,10 @@ def _count(report: Report) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def _weights_name(name: str) -> str:

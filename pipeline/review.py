@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from glow import Glow
 from pipeline.config import DataConfig, TrainConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UsageError
 from pipeline.evaluate import NOISE_SEED, Evaluation, codec_figures, evaluate
 from pipeline.export import lineage_of, natural_stream, read_run
 from pipeline.grids import attribute_columns, sample_grid, temperature_columns
@@ -68,17 +68,23 @@ def open_subject(target: str, data: str = "", uri: str = "") -> Subject:
     )
 
 
-def subject_of_model(loaded: LoadedModel, data: str, title: str = "") -> Subject:
-    """A loaded model as a subject; its folder does not name a place, so `data` must."""
-    if not data:
-        raise ConfigError("a model names its dataset by digest alone", where=loaded.where, cure="give --data PREFIX")
-    manifest = open_manifest(open_storage(data))
+def subject_of_model(loaded: LoadedModel, data: str = "", title: str = "") -> Subject:
+    """A loaded model as a subject, judged on the dataset under `data`, or on the very one it learned from."""
+    prefix = data or loaded.lineage.get("data", {}).get("prefix", "")
+    if not prefix:
+        raise UsageError("the model does not say where its dataset is", where=loaded.where, cure="give --data PREFIX")
+    manifest = open_manifest(open_storage(prefix))
+    if not data and manifest.digest != loaded.config.data["digest"]:
+        found = f"this dataset is {manifest.digest[:12]}, the model learned from {loaded.config.data['digest'][:12]}"
+        raise ConfigError(found, where=prefix, cure="give --data PREFIX to judge on it all the same")
     known = loaded.config
     if (known.model.size, known.model.channels) != (manifest.size, manifest.channels) or (
         known.model.attributes > 0 and known.editable != tuple(manifest.editable)
     ):
-        raise ConfigError("this dataset's images or attributes do not fit the model", where=data)
-    settings = DataConfig(prefix=data, bits=known.bits, train=known.data["train"], validation=known.data["validation"])
+        raise ConfigError("this dataset's images or attributes do not fit the model", where=prefix)
+    settings = DataConfig(
+        prefix=prefix, bits=known.bits, train=known.data["train"], validation=known.data["validation"]
+    )
     return Subject(
         title=title or loaded.where.rstrip("/").rpartition("/")[2],
         config=TrainConfig(data=settings, model=known.model),
@@ -98,9 +104,12 @@ def evaluate_subject(subject: Subject, stream: Stream, images: int = 0) -> dict[
     }
 
 
-def evaluate_model(loaded: LoadedModel, data: str, split: str) -> Evaluation:
-    """Evaluate a model on all images of a split of a dataset."""
+def evaluate_model(loaded: LoadedModel, data: str, split: str, digest: str) -> Evaluation:
+    """Evaluate a model on all images of a split of the dataset under `data`, which must have this digest."""
     subject = subject_of_model(loaded, data)
+    if subject.manifest.digest != digest:
+        found = f"this dataset is {subject.manifest.digest[:12]}, expected {digest[:12]}"
+        raise ConfigError(found, where=data, cure="give --data with a dataset to compare on")
     with natural_stream(subject.manifest, split, subject.config.data) as stream:
         return evaluate_subject(subject, stream)["ema"]
 
@@ -161,7 +170,7 @@ def _pictures(subject: Subject, stream: Stream, temperature: float) -> Sequence[
     base = inputs.of(stream.fetch(np.arange(min(4, stream.samples))), NOISE_SEED)[1:]
     seeds = range(min(4, stream.samples))
     editable = subject.manifest.editable
-    asked = ["", *(f"+{name}" for name in editable[:7])] if subject.config.model.attributes > 0 else [""]
+    asked = ["", *(f"+{name}" for name in editable[:6])] if subject.config.model.attributes > 0 else [""]
     columns = attribute_columns(subject.config.model, editable, base, asked)
     heats = temperature_columns((0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), base)
     return (

@@ -1,0 +1,156 @@
+"""The road from a run to a champion through the commands."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs import evaluate, models
+from pipeline.errors import GateError, UsageError
+from pipeline.export import export_model, read_run
+from pipeline.manifest import open_manifest
+from pipeline.registry import ModelRegistry, load_model
+from pipeline.storage import canonical_json, open_storage
+from tests.mlflow_db import MLFLOW_NOISE, fresh_database
+from tests.pipeline.models import write_tiny
+from tests.pipeline.trained import copy_of_run, trained
+
+pytestmark = MLFLOW_NOISE
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return fresh_database(tmp_path)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_becomes_champion(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of_run(tmp_path)
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    assert models.main(["promote", "faces", "1", "--uri", uri, "--reason", "first"]) == 0
+    out = capsys.readouterr().out
+    loaded = load_model("models:/faces@champion", uri)
+    assert loaded.digest in out
+    assert "ok" in out
+    assert "models:/faces@champion is now version 1 (ledger entry 1)" in out
+    assert load_model(str(run / "model")).digest == loaded.digest
+
+    registry = ModelRegistry(uri)
+    tags = registry.tags("faces", 1)
+    assert tags["data.prefix"] == str(trained().data)
+    assert tags["data.digest"] == loaded.config.data["digest"]
+    assert {"commit", "step", "images", "fingerprint", "glow.run", "glow.digest"} <= set(tags)
+    (entry,) = registry.ledger("faces").entries()
+    assert (entry.reason, entry.digest) == ("first", loaded.digest)
+
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    assert models.main(["promote", "faces", "1", "--uri", uri]) == 0
+    assert "is already version 1" in capsys.readouterr().out
+    assert len(registry.ledger("faces").entries()) == 1
+
+
+def test_the_artifact_depends_on_neither_name_nor_place(uri: str, tmp_path: Path) -> None:
+    first, second = copy_of_run(tmp_path / "a"), copy_of_run(tmp_path / "b")
+    for run, name in ((first, "faces"), (second, "others")):
+        assert models.main(["register", str(run), "--name", name, "--uri", uri]) == 0
+    assert (first / "model" / "model.json").read_bytes() == (second / "model" / "model.json").read_bytes()
+    assert (first / "model" / "lineage.json").read_bytes() != (second / "model" / "lineage.json").read_bytes()
+
+
+def test_promotion_takes_the_kept_review_of_the_run(uri: str, tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    assert evaluate.main([str(run)]) == 0
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    kept = json.loads((run / "eval" / "val.json").read_bytes())
+    kept["evaluations"]["ema"]["bits_per_dim"]["mean"] = 1.2345  # to recognise it
+    (run / "eval" / "val.json").write_bytes(canonical_json(kept))
+    assert models.main(["promote", "faces", "1", "--uri", uri]) == 0
+    assert "1.2345" in ModelRegistry(uri).ledger("faces").entries()[0].gates[0]["detail"]
+
+
+def test_another_champion_is_compared_on_the_same_images(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of_run(tmp_path)
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    assert models.main(["promote", "faces", "1", "--uri", uri]) == 0
+    worse = load_model(str(run / "model"))
+    register_spoilt(worse.where, tmp_path / "spoilt", uri)
+    capsys.readouterr()
+    with pytest.raises(GateError, match="bits_per_dim"):
+        models.main(["promote", "faces", "2", "--uri", uri, "--data", str(trained().data)])
+    assert "FAILED" in capsys.readouterr().out
+    forced = ["--force-gate", "bits_per_dim", "--force-gate", "worst_class", "--reason", "to see"]
+    assert models.main(["promote", "faces", "2", "--uri", uri, "--data", str(trained().data), *forced]) == 0
+    assert ModelRegistry(uri).resolve("faces", "champion") == 2
+
+
+def register_spoilt(model: str, folder: Path, uri: str) -> None:
+    """Register the model with noise on its weights as the next version of faces."""
+    import torch
+
+    from pipeline.config import TrackingConfig
+    from pipeline.mlflow_run import find_run
+    from pipeline.model import write_model
+
+    loaded = load_model(model)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    examples = loaded.golden["labels"], loaded.golden["attributes"]
+    storage = open_storage(str(folder))
+    write_model(
+        storage, loaded.model, loaded.config, directions=loaded.directions, examples=examples, lineage={}, card=""
+    )
+    registry = ModelRegistry(uri)
+    run = find_run(registry.client, TrackingConfig(uri=uri), "spoilt", "spoilt")
+    registry.register("faces", folder, run, {"data.digest": loaded.config.data["digest"]})
+
+
+def test_dry_runs_write_nothing(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of_run(tmp_path)
+    before = files(run)
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri, "--dry-run"]) == 0
+    assert evaluate.main([str(run), "--dry-run"]) == 0
+    assert files(run) == before
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    before = files(tmp_path)
+    assert models.main(["promote", "faces", "1", "--uri", uri, "--dry-run"]) == 0
+    assert "dry run: models:/faces/1 would become champion" in capsys.readouterr().out
+    assert files(tmp_path) == before
+
+
+def test_evaluate_writes_a_report_for_runs_and_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = copy_of_run(tmp_path)
+    report = tmp_path / "out" / "report.html"
+    assert evaluate.main([str(run), "--max-images", "5", "--report", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert "averaged and last weights on 5 images of split val" in out
+    assert "model / png" in out
+    assert {"eval/val.html", "eval/val.json"} <= files(run)
+    assert report.read_text().startswith("<!doctype html>")
+    assert json.loads(report.with_suffix(".json").read_bytes())["split"] == "val"
+
+    write_tiny(tmp_path / "model")
+    with pytest.raises(UsageError, match="--data"):
+        evaluate.main([str(tmp_path / "model")])
+    assert models.main(["register", str(run), "--uri", fresh_database(tmp_path), "--dry-run"]) == 0
+    export_model(read_run(open_storage(str(run))), open_manifest(open_storage(str(trained().data))))
+    before = files(run)
+    assert evaluate.main([str(run / "model"), "--max-images", "5"]) == 0
+    assert "model: averaged weights on 5 images of split val" in capsys.readouterr().out
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("arguments", [["register", "--help"], ["promote", "--help"], ["--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        models.main(arguments)
+    assert left.value.code == 0
+    assert "usage: python -m jobs models" in capsys.readouterr().out

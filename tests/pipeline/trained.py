@@ -1,0 +1,51 @@
+"""A tiny run, trained once a session on toy faces, for the tests of everything that comes after training."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from glow import GlowConfig
+from pipeline.config import DataConfig, EvaluateConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pipeline.prepare import Options, build, make_plan
+from pipeline.sources import open_source
+from pipeline.storage import open_storage
+from pipeline.toy import write_toy
+from pipeline.train import run
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Where things are."""
+
+    data: Path
+    run: Path
+
+
+@functools.cache
+def trained() -> Trained:
+    """Train two levels on 64 faces of 16 px for 96 images."""
+    folder = Path(tempfile.mkdtemp(prefix="glow-test-trained-"))
+    write_toy(folder / "source", images=80, size=16, seed=0)
+    source = open_source(str(folder / "source"))
+    plan = make_plan(source, Options(split="random:0:0.25", samples_per_shard=8), workers=1, report=lambda images: None)
+    build(plan, open_storage(str(folder / "data")), workers=1, restart=False, report=lambda images: None)
+    config = TrainConfig(
+        name="tiny",
+        storage=str(folder / "runs"),
+        data=DataConfig(prefix=str(folder / "data"), bits=5, cache=str(folder / "cache"), cache_gb=0.1),
+        model=GlowConfig(levels=2, steps=2, width=8, condition_splits=True, condition_steps=True),
+        optim=OptimConfig(algorithm="adam", lr=2e-3, warmup=32, ema_halflife=64),
+        schedule=ScheduleConfig(images=96, batch=16, leaf=8, init_images=64, status_every=32, checkpoint_every=96),
+        evaluate=EvaluateConfig(every=48, images=16, temperatures=(0.7,), rows=1),
+    )
+    run(config)
+    return Trained(folder / "data", folder / "runs" / "tiny")
+
+
+def copy_of_run(folder: Path) -> Path:
+    """A copy of the trained run that a test may write to."""
+    return Path(shutil.copytree(trained().run, folder / "tiny"))
