@@ -145,7 +145,7 @@ def opened(config: TrainConfig, manifest: Manifest, world: World) -> Iterator[tu
     learned, held_out = manifest.split(config.data.train), manifest.split(config.data.validation)
     cache = Path(config.data.cache) if config.data.cache else Path.home() / ".cache" / "glow-pipeline"
     room = int(config.data.cache_gb * 1e9)
-    shuffled = Order([shard.samples for shard in learned.shards], config.schedule.batch, config.seed)
+    shuffled = Order([shard.samples for shard in learned.shards], config.schedule.batch, config.seed, manifest.window)
     natural = Sequential([shard.samples for shard in held_out.shards])
     stream = Stream(manifest.storage, manifest, learned, shuffled, cache, room)
     unseen = Stream(manifest.storage, manifest, held_out, natural, cache, room)
