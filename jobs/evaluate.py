@@ -66,7 +66,7 @@ def evaluate(
     found = review(subject, split, max_images, temperature)
     if subject.run:
         keep_review(subject.run, found)
-        _show_in_mlflow(subject, found)
+        show_in_mlflow(subject, found)
     if report:
         _write(Path(report), found)
     _print(found)
@@ -93,7 +93,7 @@ def _print(found: Report) -> None:
     print(f"{'round trip':12} {found.main.round_trip:8.1e}")
 
 
-def _show_in_mlflow(subject: Subject, found: Report) -> None:
+def show_in_mlflow(subject: Subject, found: Report) -> None:
     """Record the classes' figures and the report with the run they are about."""
     from pipeline.tracking import Tracker, flat_params
 

@@ -51,7 +51,8 @@ def sample(
         out: PNG file to write.
         rows: Seeds 0, 1, ... so many.
         seeds: These seeds instead.
-        attributes: What a column asks for, as +Smiling,-Eyeglasses; repeat for more columns. The rest is a real image's
+        attributes: What a column asks for, as +Smiling,-Eyeglasses; repeat for more columns (--attributes=-X where it
+            starts with a minus). The rest is a real image's.
         temperatures: One; or several, then columns differ in temperature, and every image is asked for all attributes.
         label: Class number; -1 takes a real image's.
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.

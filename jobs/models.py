@@ -138,6 +138,7 @@ def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = ""
 
 
 def print_gates(results: Sequence[Result]) -> None:
+    """Show the gate table."""
     from pipeline.gates import table
 
     print(table(results))

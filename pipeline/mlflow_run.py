@@ -45,7 +45,7 @@ class MlflowRun:
             Path(file.path).name.split("+timestamp")[0] for file in self.client.list_artifacts(self.run_id, "images")
         }
         self._describe(run.data.params, description.params)
-        if description.inputs and not run.inputs.dataset_inputs:
+        if description.inputs and not (run.inputs and run.inputs.dataset_inputs):
             self._log_input(description.inputs)
         self.client.update_run(self.run_id, status="RUNNING")
         self._monitor = _system_metrics(self.run_id, config.uri)

@@ -81,6 +81,14 @@ def test_what_is_loaded_is_what_was_written(folder: Path) -> None:
     assert verify_model(loaded).levels == 0
 
 
+def test_a_model_on_s3_is_the_same_model(folder: Path, s3: str) -> None:
+    storage = open_storage(f"{s3}/model")
+    for file in folder.iterdir():
+        storage.upload(file, file.name)
+    assert read_model(storage).digest == load(folder).digest
+    assert torch.equal(read_model(storage).sample([3]), load(folder).sample([3]))
+
+
 @pytest.mark.parametrize("name", [*COVERED, "model.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
 def test_a_harmed_file_is_named_with_what_was_expected_and_found(folder: Path, name: str, harm: str) -> None:

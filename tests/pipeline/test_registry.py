@@ -10,6 +10,7 @@ import pickletools
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,15 @@ def test_registering_twice_is_one_version(registry: ModelRegistry, tmp_path: Pat
     assert sorted(version.version for version in versions) == [1, 2]
     assert registry.tags("faces", 1)["step"] == "12"
     assert versions[0].description == "# run-1\n"
+
+
+def test_registering_at_once_is_one_version(registry: ModelRegistry, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "m")
+    run = find_run(registry.client, TrackingConfig(uri=registry.uri), "run", "key")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: registry.register("faces", tmp_path / "m", run, {}), range(4)))
+    assert set(found) == {1}
+    assert [version.version for version in registry.client.search_model_versions("name = 'faces'")] == [1]
 
 
 def test_load_model_takes_folders_and_registry_addresses(registry: ModelRegistry, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from pipeline.config import DataConfig, TrackingConfig, TrainConfig
 from pipeline.mlflow_run import Description, MlflowRun, connect, redact
-from pipeline.spool import Cursor, Means, Row, Spool
+from pipeline.spool import Cursor, Means, Row, Spool, parse_rows
 from pipeline.storage import open_storage
 from pipeline.tracking import Tracker, flat_params, run_key
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
@@ -156,6 +156,27 @@ def test_rows_already_sent_are_not_sent_again_after_the_spool_is_lost(tmp_path: 
     assert history(uri, only_run(uri), "train/bits_per_dim") == [(step, float(step)) for step in range(8)]
     pictures = connect(uri).list_artifacts(only_run(uri), "images")
     assert len([file for file in pictures if file.path.endswith(".png")]) == 8
+
+
+def test_a_run_on_s3_goes_on_from_what_was_synced(s3: str, tmp_path: Path) -> None:
+    uri, run = fresh_database(tmp_path), open_storage(f"{s3}/tracking")
+    tracker = Tracker(run, TrackingConfig(uri=uri), "far")
+    tracker.start({})
+    for images in range(8):
+        tracker.log(images, {"train/bits_per_dim": images})
+        if images == 4:
+            tracker.sync()
+            tracker.image("t1", images, Image.new("RGB", (4, 4)))
+    wait_for(lambda: sent(uri) == 8)  # and now this machine is gone, with what was not synced
+    again = Tracker(run, TrackingConfig(uri=uri), "far")
+    again.start({})
+    for images in range(5, 10):
+        again.log(images, {"train/bits_per_dim": images})
+    again.close(timeout=60)
+    assert history(uri, only_run(uri), "train/bits_per_dim") == [(step, float(step)) for step in range(10)]
+    assert [row["images"] for row in parse_rows(run.read("metrics.jsonl"))] == list(range(10))
+    assert run.exists("samples/images-00000004-t1.png")
+    tracker.close()
 
 
 def test_a_batch_whose_answer_was_lost_is_recorded_once(tmp_path: Path) -> None:
