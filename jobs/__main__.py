@@ -19,6 +19,7 @@ GROUPS = {
     "evaluate": "bits/dim and what a reviewer needs, as a report",
     "models": "register a run's model and promote it to champion",
     "latents": "sample, and look at what the latents mean",
+    "stack": "S3, PostgreSQL, MLflow and a Ray cluster on this machine, by one command",
     "bench": "step time and memory in one table",
 }
 """Command groups in the order one meets them; each is `jobs/NAME.py` with `main(argv) -> int`."""

@@ -138,6 +138,11 @@ def open_storage(url: str) -> Storage:
     raise UsageError("not a storage address", where=shown, cure="give a folder, file:///folder or s3://bucket/prefix")
 
 
+def make_bucket(name: str) -> None:
+    """Make an S3 bucket; one there is stays."""
+    _retried(f"s3://{name}", lambda: _filesystem().exists(name) or _filesystem().mkdir(name))
+
+
 def checked_key(key: str) -> str:
     """Return `key`, or refuse one that could leave its prefix or name a temporary file."""
     parts = key.split("/")

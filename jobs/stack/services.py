@@ -1,0 +1,273 @@
+"""The services of a stack: how each is started and how one knows that it is well.
+
+Secrets go to services through their environment or through files their owner alone may read, never through a command
+line. Everything listens on the loopback, except Ray's nodes: they talk to one another by the machine's address, where
+they answer the holder of the token alone.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jobs.stack import ceph
+from jobs.stack.processes import Process, as_user, inherited, listening, spawn
+from jobs.stack.state import RAY_PORTS, Stack, write_private
+from pipeline.errors import ConfigError, PipelineError, RemoteError
+
+START_SECONDS = 180
+STOP_SECONDS = 120
+"""How long a stopped job may take to commit its checkpoint."""
+
+POSTGRES_INSTALL = "apt-get install -y --no-install-recommends postgresql"
+
+POSTGRES_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "dynamic_shared_memory_type": "mmap",  # files of its folder, gone with it
+    "shared_buffers": "32MB",
+    "max_connections": "50",
+    "fsync": "off",  # what is lost with the machine is a stack for trying things
+}
+
+
+def refuse_missing(stack: Stack) -> None:
+    """ConfigError naming the first thing that is not installed, and the command that installs it."""
+    if not sys.platform.startswith("linux"):
+        raise ConfigError("the stack needs Linux", cure="use containers or a virtual machine")
+    if not stack.state.options.s3:
+        ceph.refuse_missing()
+    _postgres_program("initdb")
+    if any(importlib.util.find_spec(module) is None for module in ("psycopg2", "flask_wtf")):
+        raise ConfigError("MLflow's server lacks its database driver or its logins",
+                          cure="pip install 'glow-pipeline[stack]'  (here: pip install -e '.[stack]')")  # fmt: skip
+
+
+def start_s3(stack: Stack) -> None:
+    """Ceph, its data in memory."""
+    known = stack.credentials
+
+    def start(name: str, command: Sequence[str | Path]) -> Process:
+        return _spawn(stack, name, command, {})
+
+    folder = stack.scratch / "s3"
+    folder.mkdir(mode=0o700)
+    ceph.start(folder, stack.state.ports["s3"], known["s3_access_key"], known["s3_secret_key"], start)
+
+
+def start_faults(stack: Stack) -> None:
+    """The proxy in front of S3 that makes it fail to order."""
+    script = Path(__file__).with_name("faults.py")
+    # -P: the folder of a script would otherwise come first among the places modules are found in.
+    command = [sys.executable, "-P", script, str(stack.state.ports["faults"]), stack.s3]
+    _until_well(stack, "faults", _spawn(stack, "faults", command, {}))
+
+
+def start_postgres(stack: Stack) -> None:
+    """PostgreSQL with MLflow's two databases; on the data there is, or on new."""
+    data, user = stack.scratch / "postgres", _postgres_user()
+    if not (data / "PG_VERSION").exists():
+        _initialise(stack, data, user)
+    settings = {**POSTGRES_SETTINGS, "port": str(stack.state.ports["postgres"])}
+    command = [_postgres_program("postgres"), "-D", data]
+    command += [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+    _until_well(stack, "postgres", _spawn(stack, "postgres", command, {}, user=user))
+    for database in ("mlflow", "mlflow_auth"):
+        create = [_postgres_program("createdb"), "-h", "127.0.0.1", "-p", settings["port"], "-U", "glow", database]
+        done = subprocess.run(create, capture_output=True, env={**inherited(), "PGPASSWORD": _password(stack)})
+        if done.returncode and b"already exists" not in done.stderr:
+            raise PipelineError(f"createdb: {done.stderr.decode(errors='replace')}", where=str(stack.logs))
+
+
+def start_mlflow(stack: Stack) -> None:
+    """MLflow on PostgreSQL and S3: artifacts go through it, and everyone logs in."""
+    port, base = stack.state.ports["mlflow"], f"postgresql+psycopg2://glow:{_password(stack)}@127.0.0.1"
+    database = f"{base}:{stack.state.ports['postgres']}"
+    settings = stack.folder / "mlflow-auth.ini"
+    lines = ["[mlflow]", "default_permission = NO_PERMISSIONS", "admin_username = admin"]
+    write_private(settings, "\n".join([*lines, f"database_uri = {database}/mlflow_auth", ""]))
+    extra = {
+        **stack.access["s3"],
+        "MLFLOW_BACKEND_STORE_URI": f"{database}/mlflow",
+        "MLFLOW_AUTH_CONFIG_PATH": str(settings),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": stack.credentials["mlflow_password"],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": stack.credentials["mlflow_key"],
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+    command = [
+        sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+        "--app-name", "basic-auth", "--artifacts-destination", f"s3://{stack.state.options.bucket}/mlflow",
+        "--allowed-hosts", f"127.0.0.1:{port},localhost:{port}",
+    ]  # fmt: skip
+    _until_well(stack, "mlflow", _spawn(stack, "mlflow", command, extra))
+
+
+def start_ray(stack: Stack) -> None:
+    """Ray's head and the worker nodes; the head does no work itself."""
+    ports, private = stack.state.ports, stack.scratch / "ray"
+    private.mkdir(mode=0o700, exist_ok=True)  # Ray lets everyone into its own folder
+    nodes = [name for name in stack.state.options.services if name.startswith("ray-node")]
+    head = [
+        "--head", "--num-cpus=0", f"--port={ports['gcs']}", f"--ray-client-server-port={ports['client']}",
+        "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports['dashboard']}",
+        f"--temp-dir={private / 't'}",
+    ]  # fmt: skip
+    leader = _ray_node(stack, "ray-head", head)
+    _wait(lambda: listening(ports["gcs"]), leader, "ray-head", stack)
+    members = [_ray_node(stack, name, ["--num-cpus=1", f"--address=127.0.0.1:{ports['gcs']}"]) for name in nodes]
+    _until_well(stack, "ray-head", leader)
+    for name, member in zip(nodes, members, strict=True):
+        _until_well(stack, name, member)
+
+
+def make_bucket(stack: Stack) -> None:
+    """The bucket, by a process of its own: this one's environment is not the stack's."""
+    program = f"from pipeline.storage import make_bucket; make_bucket({stack.state.options.bucket!r})"
+    environment = {**stack.environment("s3"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [""])[-1]
+        raise RemoteError(f"no bucket: {said}", where=f"{stack.s3}, s3://{stack.state.options.bucket}")
+
+
+STARTS: dict[str, Callable[[Stack], None]] = {
+    "s3": start_s3,
+    "faults": start_faults,
+    "bucket": make_bucket,
+    "postgres": start_postgres,
+    "mlflow": start_mlflow,
+    "ray": start_ray,
+}
+"""What is started as a whole."""
+
+
+def part_of(service: str) -> str:
+    """The part of the stack a service is started with."""
+    return {"ceph": "s3", "ray": "ray"}.get(service.partition("-")[0], service)
+
+
+def well(stack: Stack, service: str) -> bool:
+    """Whether a service's own process runs and does what it is there for."""
+    process, ports = stack.state.processes.get(service), stack.state.ports
+    if process is None or not process.alive:
+        return False
+    if service == "s3":
+        return ceph.answers(stack.url("s3"))
+    if service in ("faults", "postgres"):
+        return listening(ports[service])
+    if service == "mlflow":
+        return _status(stack.url("mlflow") + "/health") == 200
+    if service == "ray-head":
+        bearer = {"Authorization": f"Bearer {stack.credentials['ray_token']}"}
+        return _status(stack.url("dashboard") + "/api/version", bearer) == 200
+    return listening(ports[f"{service}.dashboard-agent-listen"]) if service.startswith("ray-") else True
+
+
+def _ray_node(stack: Stack, name: str, extra: Sequence[str]) -> Process:
+    from jobs.cluster import ENVIRONMENT
+
+    ports = [f"--{port}-port={stack.state.ports[f'{name}.{port}']}" for port in RAY_PORTS]
+    common = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
+    environment = {
+        **stack.access["s3"],
+        **stack.access["mlflow"],
+        **stack.access["ray"],
+        **ENVIRONMENT,
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
+        # A broken node is gone after seconds, not half a minute.
+        "RAY_health_check_failure_threshold": "3",
+    }
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, *ports, *extra]
+    return _spawn(stack, name, command, environment)
+
+
+def _spawn(stack: Stack, name: str, command: Sequence[str | Path], extra: dict[str, str], user: str = "") -> Process:
+    process = spawn(command, stack.logs / f"{name}.log", {**stack.environment(), **extra}, user=user)
+    stack.record(name, process)
+    return process
+
+
+def _until_well(stack: Stack, name: str, process: Process) -> None:
+    _wait(lambda: well(stack, name), process, name, stack)
+
+
+def _wait(ready: Callable[[], bool], process: Process, name: str, stack: Stack) -> None:
+    end = time.monotonic() + START_SECONDS
+    while not ready():
+        log = stack.logs / f"{name}.log"
+        if not process.alive:
+            raise PipelineError(f"{name} ended at once: {_last_line(log)}", where=str(log))
+        if time.monotonic() > end:
+            raise PipelineError(f"{name} is not well after {START_SECONDS} s", where=str(log))
+        time.sleep(0.2)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:200] if lines else "it said nothing"
+
+
+def _status(url: str, headers: dict[str, str] | None = None) -> int:
+    """HTTP status of a GET; 0 where nobody answers."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=5) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+def _initialise(stack: Stack, data: Path, user: str) -> None:
+    password, owner = stack.scratch / "password", pwd.getpwnam(user) if user else None
+    write_private(password, _password(stack))
+    data.mkdir(mode=0o700, exist_ok=True)
+    if owner:
+        for path in (password, data):
+            os.chown(path, owner.pw_uid, owner.pw_gid)
+    command = [
+        _postgres_program("initdb"), "-D", data, "-U", "glow", "--auth=scram-sha-256", f"--pwfile={password}",
+        "--encoding=UTF8", "--locale=C", "--no-sync",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, env=inherited(), cwd="/", **as_user(user))
+    finally:
+        password.unlink()
+    if done.returncode:
+        raise PipelineError(f"initdb: {done.stderr.decode(errors='replace')[-300:]}", where=str(data))
+
+
+def _password(stack: Stack) -> str:
+    return stack.credentials["postgres_password"]
+
+
+def _postgres_program(name: str) -> Path:
+    """One of PostgreSQL's programs, of the newest version installed; Debian keeps them out of the PATH."""
+    versions = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if path.parent.name.isdigit()]
+    folders = sorted(versions, key=lambda path: -int(path.parent.name))
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    found = shutil.which(name)
+    if found is None:
+        raise ConfigError("no PostgreSQL server on this machine", cure=POSTGRES_INSTALL)
+    return Path(found)
+
+
+def _postgres_user() -> str:
+    """Whom the database runs as: it refuses root."""
+    if os.geteuid() != 0:
+        return ""
+    names = {entry.pw_name for entry in pwd.getpwall()}
+    return "postgres" if "postgres" in names else "nobody"
