@@ -8,13 +8,16 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint nightly clean
+.PHONY: help demo stack test lint nightly clean
 
 help: ## say what can be made
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 demo: .venv/.for-use ## from toy faces to a champion and pictures: make demo [PRESET=toy32] [ARGS=--again]
 	@.venv/bin/python -m jobs demo $(PRESET) $(ARGS)
+
+stack: .venv/.for-stack ## S3, PostgreSQL, MLflow and Ray on this machine: make stack [ARGS=--fault-proxy]
+	@.venv/bin/python -m jobs stack up $(ARGS)
 
 test: .venv/.for-work ## laws and promises, at most 15 minutes: make test [ARGS="-k order"]
 	.venv/bin/python -m pytest $(ARGS)
@@ -39,6 +42,11 @@ clean: ## remove what make made, demo and .venv included
 	@echo "installing into .venv (once, minutes)"
 	@$(PIP) install --constraint constraints.txt --editable .
 	@touch $@
+
+.venv/.for-stack: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "installing into .venv with MLflow's server (once, minutes)"
+	@$(PIP) install --constraint constraints.txt --editable '.[stack]'
+	@touch $@ .venv/.for-use
 
 .venv/.for-work: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "installing into .venv with the tools of development (once, minutes)"

@@ -20,7 +20,7 @@ from pipeline.errors import ConfigError, ConflictError, PipelineError
 
 NEEDS = {"bucket": ("s3", "faults"), "mlflow": ("postgres",)}
 IPC_RMID = 0
-POLITE_SECONDS = 6.0
+POLITE_SECONDS = 3.0
 
 Say = Callable[[str], None]
 
@@ -45,6 +45,7 @@ def raised(folder: Path, options: Options, say: Say) -> Stack:
             _start(stack, broken, say)
         except BaseException:
             if fresh:
+                _keep_logs(stack)
                 _clear(stack)
             raise
     return stack
@@ -128,6 +129,14 @@ def _start(stack: Stack, parts: set[str], say: Say) -> None:
 
 def _services(stack: Stack, part: str) -> set[str]:
     return {name for name in stack.state.options.services if part_of(name) == part}
+
+
+def _keep_logs(stack: Stack) -> None:
+    """Ray's and Ceph's own logs, to where the others are."""
+    sessions = stack.scratch.glob("ray/t/session_2*/logs")
+    for folder in (*sessions, stack.scratch / "s3"):
+        for log in (*folder.glob("*.log"), *folder.glob("*.out"), *folder.glob("*.err")):
+            shutil.copy(log, stack.logs / f"{folder.parent.name}-{log.name}")
 
 
 def _clear(stack: Stack) -> int:

@@ -124,15 +124,15 @@ def belonging(leaders: Iterable[Process], mark: str) -> set[Process]:
 
 def end(processes: Iterable[Process], number: signal.Signals, seconds: float) -> set[Process]:
     """Signal processes and wait for them; those that are still there."""
-    left = set(processes)
+    signalled = left = set(processes)
     for process in left:
         with contextlib.suppress(ProcessLookupError):
             if process.alive:
                 os.kill(process.pid, number)
     until = time.monotonic() + seconds
     while (left := {process for process in left if process.alive}) and time.monotonic() < until:
-        _reap(left)
         time.sleep(0.05)
+    _reap(signalled - left)
     return left
 
 

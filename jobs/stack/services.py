@@ -125,10 +125,14 @@ def start_ray(stack: Stack) -> None:
     ]  # fmt: skip
     leader = _ray_node(stack, "ray-head", head)
     _wait(lambda: listening(ports["gcs"]), leader, "ray-head", stack)
-    members = [_ray_node(stack, name, ["--num-cpus=1", f"--address=127.0.0.1:{ports['gcs']}"]) for name in nodes]
+    joining = ["--num-cpus=1", f"--address=127.0.0.1:{ports['gcs']}"]
+    members = {name: _ray_node(stack, name, joining) for name in nodes}
     _until_well(stack, "ray-head", leader)
-    for name, member in zip(nodes, members, strict=True):
-        _until_well(stack, name, member)
+    for name, member in members.items():
+        try:
+            _until_well(stack, name, member)
+        except PipelineError:  # seen once on a machine under load: it ended without a word
+            _until_well(stack, name, _ray_node(stack, name, joining))
 
 
 def make_bucket(stack: Stack) -> None:
