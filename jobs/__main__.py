@@ -20,6 +20,7 @@ GROUPS = {
     "models": "register a run's model and promote it to champion",
     "latents": "sample, and look at what the latents mean",
     "stack": "S3, PostgreSQL, MLflow and a Ray cluster on this machine, by one command",
+    "cluster": "submit a run to a Ray cluster; follow, look at and stop it",
     "bench": "step time and memory in one table",
 }
 """Command groups in the order one meets them; each is `jobs/NAME.py` with `main(argv) -> int`."""

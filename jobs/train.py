@@ -1,6 +1,7 @@
 """Train a preset: in this process, under torchrun, or on Ray workers. The same command again goes on where it stopped.
 
   python -m jobs train PRESET [--config FILE.toml] [--SETTING VALUE ...] [--dry-run]
+  python -m jobs train RUN/config.toml
 
 A setting comes from the preset, then from the file, then from the flags. --dry-run prints the plan and writes nothing.
 """
@@ -60,16 +61,16 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     if not arguments or arguments[0].startswith("-"):
         raise UsageError("which preset?", cure="python -m jobs train --help lists them")
     name, *rest = arguments
-    base = preset(name).config
+    base = read_config(name) if name.endswith(".toml") else preset(name).config
     dry_run = "--dry-run" in rest
-    files, rest = _taken([word for word in rest if word != "--dry-run"], "--config")
+    files, rest = taken([word for word in rest if word != "--dry-run"], "--config")
     for file in files:
         base = read_config(file, base)
     prog = f"python -m jobs train {name}"
     return tyro.cli(TrainConfig, default=base, args=rest, prog=prog, description=__doc__), dry_run
 
 
-def _taken(words: list[str], flag: str) -> tuple[list[str], list[str]]:
+def taken(words: list[str], flag: str) -> tuple[list[str], list[str]]:
     """(values of `flag`, the other words)."""
     values, others, rest = [], [], iter(words)
     for word in rest:

@@ -34,9 +34,16 @@ from pipeline.world import World, any_rank, joined, on_first
 Report = Callable[[dict[str, float]], None]
 """Told the figures of every status line, on rank 0."""
 
+Stop = Callable[[], bool]
 
-def run(config: TrainConfig, report: Report = lambda figures: None) -> dict[str, float]:
-    """Train as the worker the environment names (RANK, WORLD_SIZE as torchrun and Ray set them, or alone)."""
+
+def run(
+    config: TrainConfig, report: Report = lambda figures: None, stop: Stop = lambda: False
+) -> dict[str, float]:
+    """Train as the worker the environment names (RANK, WORLD_SIZE as torchrun and Ray set them, or alone).
+
+    `stop` is asked after every batch whether to end after a checkpoint, as SIGTERM does; one rank's yes is enough.
+    """
     refuse_impossible(config)
     torch.set_num_threads(config.cluster.threads)
     world = World.from_environment(config.cluster.gpu)
@@ -45,7 +52,7 @@ def run(config: TrainConfig, report: Report = lambda figures: None) -> dict[str,
         config = resolved(config, manifest)
         tracker = Tracker(open_storage(config.storage).sub(config.name), config.tracking, config.name, world.rank)
         try:
-            return train(config, manifest, world, tracker, report)
+            return train(config, manifest, world, tracker, report, stop)
         except BaseException as error:
             tracker.event("stopped", reason=f"{type(error).__name__}: {error}")
             tracker.close("FAILED")
@@ -72,7 +79,9 @@ def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     return replace(config, model=model, data=replace(config.data, digest=manifest.digest))
 
 
-def train(config: TrainConfig, manifest: Manifest, world: World, tracker: Tracker, report: Report) -> dict[str, float]:
+def train(
+    config: TrainConfig, manifest: Manifest, world: World, tracker: Tracker, report: Report, stop: Stop = lambda: False
+) -> dict[str, float]:
     """Learn until `schedule.images`; returns the last figures. Collective: every rank calls it with equal arguments.
 
     Raises `Interrupted` after a committed checkpoint on SIGTERM or SIGINT, `ConflictError` where the run folder belongs
@@ -96,7 +105,7 @@ def train(config: TrainConfig, manifest: Manifest, world: World, tracker: Tracke
         end = schedule.images + -schedule.images % schedule.batch
         for batch in pace.timed(stream.batches(learner.images, schedule.batch, learner.rows, stop=end)):
             learner.learn(batch)
-            last, stopping = learner.images >= schedule.images, any_rank(world, bool(asked))
+            last, stopping = learner.images >= schedule.images, any_rank(world, bool(asked) or stop())
             saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
             speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
             if speaking:

@@ -4,7 +4,7 @@
   . stack/env
   python -m jobs stack down
 
-Everything lives in one folder and has secrets of its own; `env` holds the variables by which the other commands find it.
+Everything lives in one folder and has secrets of its own; `env` holds what the other commands find it by.
 """
 
 from __future__ import annotations

@@ -184,6 +184,8 @@ def _ray_node(stack: Stack, name: str, extra: Sequence[str]) -> Process:
     ports = [f"--{port}-port={stack.state.ports[f'{name}.{port}']}" for port in RAY_PORTS]
     common = ["--node-ip-address=127.0.0.1", "--object-store-memory=100000000", "--disable-usage-stats", "--block"]
     environment = {
+        # A job is `python -m jobs ...`: the Python that runs the cluster is the one that runs its jobs.
+        "PATH": f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}",
         **stack.access["s3"],
         **stack.access["mlflow"],
         **stack.access["ray"],

@@ -1,4 +1,4 @@
-"""Training on Ray: the one file that knows it.
+"""Training on Ray workers.
 
 `train` runs the ordinary loop on Ray Train workers and gives back what the loop returns. Ray holds no checkpoint of
 ours: every attempt has a new name under a folder that goes away, because Ray takes a known name for the same run and
@@ -10,23 +10,16 @@ of `_environment` once, when it is first imported.
 from __future__ import annotations
 
 import contextlib
-import functools
-import io
-import logging
 import os
-import re
 import secrets
-import shutil
 import signal
-import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
+from jobs.cluster.start import SIGNALS, started
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import ConfigError, Interrupted, PipelineError, RemoteError
 from pipeline.storage import open_storage
@@ -36,20 +29,12 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
-Work = Callable[[TrainConfig, Report], Row]
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+Stop = Callable[[], bool]
+Work = Callable[[TrainConfig, Report, Stop], Row]
 
-ENVIRONMENT = {
-    "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
-    "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path means the same on a worker as here
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""What Ray reads at start; every variable is put back afterwards."""
+STOP_POLL_SECONDS = 0.5
+STOP_SECONDS = 100.0
+"""How long the workers may take to commit a last checkpoint; less than the job server's patience with a stopped job."""
 
 TRANSIENT = (RemoteError, Interrupted, OSError, RuntimeError)
 """What another attempt may cure beside Ray's own errors (a process or node gone)."""
@@ -74,7 +59,7 @@ class _NeverStarted(PipelineError):
 
 
 def _attempt(config: TrainConfig, report: Report, work: Work) -> Row:
-    with _started(config.cluster) as folder:
+    with started(config.cluster) as folder:
         import ray
         from ray.train import TrainingFailedError
 
@@ -87,10 +72,17 @@ def _attempt(config: TrainConfig, report: Report, work: Work) -> Row:
 
 
 class _Mailbox:
-    """What rank 0 has said and the driver has not yet read."""
+    """What rank 0 has said and the driver has not yet read, and whether the driver wants an end."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
+        self.stopping = False
+
+    def stop(self) -> None:
+        self.stopping = True
+
+    def stopped(self) -> bool:
+        return self.stopping
 
     def put(self, row: Row) -> None:
         self.rows.append(row)
@@ -105,16 +97,31 @@ def _final(error: Exception) -> bool:
     return not isinstance(error, TRANSIENT) and not type(error).__module__.startswith("ray.")
 
 
-def _loop(config: TrainConfig, report: Report) -> Row:
+def _loop(config: TrainConfig, report: Report, stop: Stop) -> Row:
     from pipeline.train import run
 
-    return run(config, report)
+    return run(config, report, stop)
 
 
 def _worker(settings: dict[str, Any]) -> Row:
-    """What every Ray worker runs."""
+    """What every Ray worker runs. An end that was asked for is a result: as an error Ray would start it again."""
     mailbox = settings["mailbox"]
-    return settings["work"](settings["config"], lambda row: mailbox.put.remote(row))
+    stop = threading.Event()
+    if os.environ["RANK"] == "0":
+        threading.Thread(target=_listen, args=(mailbox, stop), daemon=True).start()
+    try:
+        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop.is_set)
+    except Interrupted as error:
+        return {"interrupted": error}
+
+
+def _listen(mailbox: Any, stop: threading.Event) -> None:
+    """Ask now and then whether the driver wants an end; a signal does not reach a worker's loop."""
+    import ray
+
+    while not ray.get(mailbox.stopped.remote()):
+        time.sleep(STOP_POLL_SECONDS)
+    stop.set()
 
 
 def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> TorchTrainer:
@@ -161,13 +168,38 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report) -> Row:
 
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        for row in ray.get(mailbox.take.remote()):
-            report(row)
+    with _signals_noted() as asked:
+        told = 0.0
+        while thread.is_alive():
+            thread.join(0.5)
+            for row in ray.get(mailbox.take.remote()):
+                report(row)
+            if asked and not told:
+                mailbox.stop.remote()
+                told = time.monotonic()
+                report({"event": "stopping after a checkpoint"})
+            if len(asked) > 1 or (told and time.monotonic() > told + STOP_SECONDS):
+                raise Interrupted("stopped before a checkpoint", cure="the same command goes on from the last one")
     if "error" in outcome:
         raise outcome["error"]
-    return outcome["result"].return_value
+    row = outcome["result"].return_value
+    if "interrupted" in row:
+        raise row["interrupted"]
+    return row
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT instead of unwinding: the workers are to commit a checkpoint first."""
+    asked: list[int] = []
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: asked.append(number))
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _cause(error: Exception, config: TrainConfig) -> Exception:
@@ -198,112 +230,3 @@ def _refuse_too_few(cluster: ClusterConfig) -> None:
     if there < cluster.workers:
         raise ConfigError(f"{cluster.workers} workers want a {kind} each and the cluster has {there}",
                           cure="--cluster.workers fewer")  # fmt: skip
-
-
-@contextlib.contextmanager
-def _started(cluster: ClusterConfig) -> Iterator[Path]:
-    """Ray, connected or started here, and a folder for what it writes; all of it gone afterwards."""
-    _sweep()
-    folder = Path(tempfile.mkdtemp(prefix=f"glow-{os.getpid()}-", dir=_short_folder()))
-    others = set(psutil.Process().children(recursive=True))
-    with _environment(cluster), _signals_kept(), contextlib.redirect_stdout(io.StringIO()):
-        import ray
-
-        try:
-            ray.init(**_place(cluster, folder), log_to_driver=False, logging_level=logging.CRITICAL)
-            _unwind_on_signals()
-            yield folder / "train"
-        finally:
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)  # what is being torn down is torn down
-            ours = set(psutil.Process().children(recursive=True)) - others
-            ray.shutdown()
-            _reap(ours)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _place(cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
-    if cluster.address:
-        return {"address": cluster.address}
-    return {
-        "address": "local",  # and never one that RAY_ADDRESS happens to name
-        "num_cpus": max(cluster.workers, os.cpu_count() or 1),
-        "include_dashboard": False,
-        "object_store_memory": 100_000_000,
-        "_node_ip_address": "127.0.0.1",
-        "_temp_dir": str(folder),
-    }
-
-
-@contextlib.contextmanager
-def _environment(cluster: ClusterConfig) -> Iterator[None]:
-    """The variables Ray and its workers start with."""
-    before = dict(os.environ)
-    os.environ.update(ENVIRONMENT)
-    # Without byte code every worker would parse torch anew: half a minute on two cores.
-    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    os.environ["OMP_NUM_THREADS"] = str(cluster.threads)
-    if not cluster.address:
-        os.environ["RAY_AUTH_TOKEN"] = _token()
-    known = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    # Left to itself Ray decides one way in the head and another in who connects.
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if known else "disabled")
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@functools.cache
-def _token() -> str:
-    """The secret of the clusters this process starts; Ray's core reads it once a process."""
-    return secrets.token_hex(32)
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Whatever Ray does to signal handlers, and we after it, is undone."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _unwind_on_signals() -> None:
-    """The first SIGTERM or SIGINT becomes an error that unwinds; more of them change nothing."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise Interrupted("stopped by SIGTERM", cure="the same command goes on from the last checkpoint")
-
-    for number in SIGNALS:
-        signal.signal(number, stop)
-
-
-def _reap(processes: set[psutil.Process]) -> None:
-    """Wait for the processes Ray started; end by pid those it left."""
-    _, left = psutil.wait_procs(processes, timeout=5)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(left, timeout=5)
-
-
-def _short_folder() -> str:
-    """The folder for temporary files, or /tmp where that is too long for a socket's name (107 bytes in all)."""
-    usual = tempfile.gettempdir()
-    return usual if len(usual) < 30 else "/tmp"
-
-
-def _sweep() -> None:
-    """Remove what a killed driver of this user left."""
-    for folder in Path(_short_folder()).glob("glow-*-*"):
-        owner = re.fullmatch(r"glow-(\d+)-\w+", folder.name)
-        if owner and not Path(f"/proc/{owner[1]}").exists() and folder.stat().st_uid == os.getuid():
-            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""A connection to Ray, or Ray itself for as long as it is needed; nothing of it stays.
+
+Ray is imported inside functions: its core reads the variables of `_environment` once, when it is first imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import logging
+import os
+import re
+import secrets
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+from pipeline.config import ClusterConfig
+from pipeline.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "300",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path means the same on a worker as here
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""What Ray reads at start; every variable is put back afterwards."""
+
+
+@contextlib.contextmanager
+def started(cluster: ClusterConfig) -> Iterator[Path]:
+    """Ray, connected or started here, and a folder for what it writes; all of it gone afterwards."""
+    _sweep()
+    folder = Path(tempfile.mkdtemp(prefix=f"glow-{os.getpid()}-", dir=_short_folder()))
+    others = set(psutil.Process().children(recursive=True))
+    with _environment(cluster), _signals_kept(), contextlib.redirect_stdout(io.StringIO()):
+        import ray
+
+        try:
+            ray.init(**_place(cluster, folder), log_to_driver=False, logging_level=logging.CRITICAL)
+            _unwind_on_signals()
+            yield folder / "train"
+        finally:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)  # what is being torn down is torn down
+            ours = set(psutil.Process().children(recursive=True)) - others
+            ray.shutdown()
+            _reap(ours)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
+    if cluster.address:
+        return {"address": cluster.address}
+    return {
+        "address": "local",  # and never one that RAY_ADDRESS happens to name
+        "num_cpus": max(cluster.workers, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": 100_000_000,
+        "_node_ip_address": "127.0.0.1",
+        "_temp_dir": str(folder),
+    }
+
+
+@contextlib.contextmanager
+def _environment(cluster: ClusterConfig) -> Iterator[None]:
+    """The variables Ray and its workers start with."""
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    # Without byte code every worker would parse torch anew: half a minute on two cores.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    os.environ["OMP_NUM_THREADS"] = str(cluster.threads)
+    if not cluster.address:
+        os.environ["RAY_AUTH_TOKEN"] = _token()
+    known = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    # Left to itself Ray decides one way in the head and another in who connects.
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if known else "disabled")
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@functools.cache
+def _token() -> str:
+    """The secret of the clusters this process starts; Ray's core reads it once a process."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Whatever Ray does to signal handlers, and we after it, is undone."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unwind_on_signals() -> None:
+    """The first SIGTERM or SIGINT becomes an error that unwinds; more of them change nothing."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Interrupted("stopped by SIGTERM", cure="the same command goes on from the last checkpoint")
+
+    for number in SIGNALS:
+        signal.signal(number, stop)
+
+
+def _reap(processes: set[psutil.Process]) -> None:
+    """Wait for the processes Ray started; end by pid those it left."""
+    _, left = psutil.wait_procs(processes, timeout=5)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+
+
+def _short_folder() -> str:
+    """The folder for temporary files, or /tmp where that is too long for a socket's name (107 bytes in all)."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual) < 30 else "/tmp"
+
+
+def _sweep() -> None:
+    """Remove what a killed driver of this user left."""
+    for folder in Path(_short_folder()).glob("glow-*-*"):
+        owner = re.fullmatch(r"glow-(\d+)-\w+", folder.name)
+        if owner and not Path(f"/proc/{owner[1]}").exists() and folder.stat().st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)
