@@ -45,10 +45,11 @@ class Client:
             os.environ.setdefault("RAY_AUTH_MODE", "token" if self._token else "disabled")
             from ray.job_submission import JobSubmissionClient
 
-            logging.getLogger("ray").setLevel(logging.ERROR)
             headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
             with translated(self.address):
                 self._connected = JobSubmissionClient(self.address, headers=headers)
+            for name in ("ray", "ray.dashboard"):
+                logging.getLogger(name).setLevel(logging.ERROR)  # what it says of packages and sockets is no news
         return self._connected
 
     def jobs(self) -> list[JobDetails]:
