@@ -1,6 +1,6 @@
 """Two photographs as a dataset: crops of what scikit-learn ships, for a first step on real pictures.
 
-`china.jpg` (Yuya Tamai) and `flower.jpg` (dany13), both CC BY 2.0. `write_crops` writes an image folder of two classes
+`china.jpg` by danielbuechele and `flower.jpg` by vultilion (Flickr), both CC BY 2.0. `write_crops` writes an image folder of two classes
 with train/ and val/: validation crops come from the right fifth of each photograph and no training crop reaches into
 it. The crops of a seed are always the same.
 """

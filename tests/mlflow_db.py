@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -25,5 +26,6 @@ def fresh_database(folder: Path) -> str:
 @functools.cache
 def _template() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="glow-test-mlflow-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     connect(f"sqlite:///{folder}/mlflow.db").search_experiments()
     return folder / "mlflow.db"

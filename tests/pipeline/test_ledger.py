@@ -107,7 +107,7 @@ def race(url: str, number: int, start: Barrier) -> str:
 
 def race_eight(url: str) -> None:
     """Let eight processes race, and expect one entry, whose winner the seven others name."""
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("spawn")  # a fork server would not know the environment of now
     with context.Manager() as manager, ProcessPoolExecutor(8, mp_context=context) as pool:
         start = manager.Barrier(8)
         found = list(pool.map(race, [url] * 8, range(1, 9), [start] * 8))

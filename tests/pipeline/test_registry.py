@@ -80,6 +80,7 @@ def test_registering_twice_is_one_version(registry: ModelRegistry, tmp_path: Pat
     assert versions[0].description == "# run-1\n"
 
 
+@pytest.mark.filterwarnings("ignore")  # catching MLflow's own warnings is not a thing threads can do at once
 def test_registering_at_once_is_one_version(registry: ModelRegistry, tmp_path: Path) -> None:
     write_tiny(tmp_path / "m")
     run = find_run(registry.client, TrackingConfig(uri=registry.uri), "run", "key")
@@ -252,13 +253,11 @@ def promote_in_process(uri: str, number: int) -> str:
         return error.what.split(" to ")[0]
 
 
-def test_of_eight_processes_promoting_one_version_one_entry_comes(registry: ModelRegistry, tmp_path: Path) -> None:
+def test_four_processes_promoting_one_version_leave_one_entry(registry: ModelRegistry, tmp_path: Path) -> None:
     register(registry, tmp_path / "m")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.registry", "mlflow"])
-    with context.Pool(8) as pool:
-        found = pool.starmap(promote_in_process, [(registry.uri, 1)] * 8, chunksize=1)
-    assert found == ["version 1"] * 8
+    with multiprocessing.get_context("forkserver").Pool(4) as pool:
+        found = pool.starmap(promote_in_process, [(registry.uri, 1)] * 4, chunksize=1)
+    assert found == ["version 1"] * 4
     assert len(registry.ledger("faces").entries()) == 1
     assert registry.resolve("faces", "champion") == 1
 

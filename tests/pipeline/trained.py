@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ class Trained:
 def trained() -> Trained:
     """Train two levels on 64 faces of 16 px for 96 images."""
     folder = Path(tempfile.mkdtemp(prefix="glow-test-trained-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_toy(folder / "source", images=80, size=16, seed=0)
     source = open_source(str(folder / "source"))
     plan = make_plan(source, Options(split="random:0:0.25", samples_per_shard=8), workers=1, report=lambda images: None)

@@ -1,0 +1,105 @@
+"""Commands as people run them, in processes of their own, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from pipeline.config import TrainConfig, read_config
+from pipeline.export import read_run
+from pipeline.prepare import Options, build, make_plan
+from pipeline.sources import open_source
+from pipeline.storage import open_storage
+from pipeline.toy import write_toy
+
+HANG = 240
+"""Seconds after which a command is taken to hang: five times what it needs on two busy cores."""
+
+TINY = """
+[model]
+levels = 2
+steps = 2
+width = 16
+[schedule]
+images = {images}
+status_every = 160
+checkpoint_every = 160
+init_images = 64
+[evaluate]
+every = 640
+images = 16
+rows = 1
+"""
+
+
+@functools.cache
+def dataset() -> Path:
+    """Shards of 160 toy faces of 16 px."""
+    folder = Path(tempfile.mkdtemp(prefix="glow-test-runs-"))
+    write_toy(folder / "source", images=160, size=16, seed=0)
+    options, source = Options(samples_per_shard=16), open_source(str(folder / "source"))
+    plan = make_plan(source, options, workers=1, report=lambda images: None)
+    build(plan, open_storage(str(folder / "data")), workers=1, restart=False, report=lambda images: None)
+    return folder / "data"
+
+
+def settings(folder: Path, images: int) -> list[str]:
+    """The words of a tiny toy32 run in a folder."""
+    (folder / "tiny.toml").write_text(TINY.format(images=images))
+    cache = str(dataset().with_name("cache"))
+    places = ["--data.prefix", str(dataset()), "--data.cache", cache, "--storage", str(folder / "runs")]
+    return ["toy32", "--config", str(folder / "tiny.toml"), *places]
+
+
+def jobs(*words: str) -> list[str]:
+    """The command line of a job."""
+    return [sys.executable, "-m", "jobs", *words]
+
+
+def started(command: list[str]) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own; its output is one stream of lines."""
+    root = Path(__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+def followed(
+    command: list[str], at_line: Callable[[psutil.Process, str], None] = lambda process, line: None
+) -> tuple[int, str]:
+    """Run a command to its end, showing every line to `at_line`; (exit code, output)."""
+    lines = []
+    with started(command) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            at_line(psutil.Process(process.pid), line)
+        return process.wait(HANG), "".join(lines)
+
+
+def tensors_of(run: Path) -> str:
+    """A digest over every tensor of a run's newest checkpoint, whatever parts it is cut into."""
+    trained = read_run(open_storage(str(run)))
+    digest = hashlib.sha256(str((trained.step, trained.images)).encode())
+    for name in sorted(trained.tensors):
+        digest.update(name.encode() + trained.tensors[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def config_of(run: Path) -> TrainConfig:
+    """The configuration beside a run."""
+    return read_config(run / "config.toml")

@@ -1,0 +1,113 @@
+"""Training through the command: plain, torchrun and Ray end in the same bits, killed or not, and leave nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from jobs.__main__ import main
+from tests.jobs.runs import config_of, dataset, followed, jobs, settings, tensors_of
+
+IMAGES = 2400
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process, which every other way of running must equal."""
+    folder = tmp_path_factory.mktemp("plain")
+    code, output = followed(jobs("train", *settings(folder, IMAGES), "--name", "plain"))
+    assert code == 0, output
+    assert f"images {IMAGES}/{IMAGES}" in output
+    return folder / "runs" / "plain"
+
+
+def left_behind() -> set[str]:
+    """Folders of Ray and processes of Ray on this machine."""
+    folders = {path.name for path in Path(tempfile.gettempdir()).glob("glow-*-*") if (path / "train").exists()}
+    processes = {str(p.pid) for p in psutil.process_iter(["name"]) if (p.info["name"] or "").startswith(("ray", "gcs_"))
+                 and p.status() != psutil.STATUS_ZOMBIE}  # fmt: skip
+    return folders | processes
+
+
+def test_a_run_leaves_its_settings_beside_it(plain: Path) -> None:
+    config = config_of(plain)
+    assert config.name == "plain"
+    assert config.model.size == 16
+    assert config.data.digest
+
+
+def test_torchrun_on_two_processes_learns_the_same(plain: Path, tmp_path: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "jobs"]
+    code, output = followed([*launcher, "train", *settings(tmp_path, IMAGES), "--name", "two"])
+    assert code == 0, output
+    assert output.count(f"images {IMAGES}/{IMAGES}") == 1, "rank 0 alone speaks"
+    assert tensors_of(tmp_path / "runs" / "two") == tensors_of(plain)
+
+
+def test_two_ray_workers_and_a_kill_learn_the_same(plain: Path, tmp_path: Path) -> None:
+    """Promise R1: SIGKILL of a worker, back from the last checkpoint, final tensors bit-equal to an unbroken run."""
+    before, killed = left_behind(), []
+
+    def kill(process: psutil.Process, line: str) -> None:
+        if line.startswith("images 480/") and not killed:
+            workers = [p for p in process.children(recursive=True) if p.name().startswith("ray::RayTrainWo")]
+            assert len(workers) == 2
+            killed.append(workers[1].pid)
+            workers[1].send_signal(signal.SIGKILL)
+
+    words = settings(tmp_path, IMAGES)
+    code, output = followed(jobs("train", *words, "--name", "two", "--cluster.workers", "2"), kill)
+    assert code == 0, output
+    assert killed
+    assert "all go on from the last checkpoint" in output
+    assert not [line for line in output.splitlines() if "pid=" in line or "Traceback" in line], output
+    events = [json.loads(line) for line in (tmp_path / "runs/two/events.jsonl").read_text().splitlines()]
+    assert [event["images"] >= 320 for event in events if event["kind"] == "resumed"] == [True]
+    assert tensors_of(tmp_path / "runs" / "two") == tensors_of(plain)
+    assert left_behind() <= before
+
+
+def test_a_refusal_on_a_worker_is_final_and_keeps_its_exit_code(tmp_path: Path) -> None:
+    words = [*settings(tmp_path, IMAGES), "--data.digest", "0" * 64, "--cluster.workers", "2"]
+    before = left_behind()
+    code, output = followed(jobs("train", *words))
+    assert code == 3, output
+    last = output.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "the run is pinned to 000000000000" in last
+    assert "go on from the last checkpoint" not in output, "not tried again"
+    assert left_behind() <= before
+
+
+def test_sigterm_ends_a_ray_run_and_the_same_command_goes_on(plain: Path, tmp_path: Path) -> None:
+    words = jobs("train", *settings(tmp_path, IMAGES), "--name", "stopped", "--cluster.workers", "2")
+    before = left_behind()
+
+    def stop(process: psutil.Process, line: str) -> None:
+        if line.startswith("images 480/"):
+            process.send_signal(signal.SIGTERM)
+
+    code, output = followed(words, stop)
+    assert code == 143, output
+    assert output.splitlines()[-1] == "error: stopped by SIGTERM; the same command goes on from the last checkpoint"
+    assert left_behind() <= before
+    # One process goes on where two stopped.
+    assert followed(jobs("train", *settings(tmp_path, IMAGES), "--name", "stopped"))[0] == 0
+    assert tensors_of(tmp_path / "runs" / "stopped") == tensors_of(plain)
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = settings(tmp_path, IMAGES)
+    before = sorted(tmp_path.rglob("*")), sorted(dataset().rglob("*"))
+    assert main(["train", *words, "--dry-run"]) == 0
+    assert (sorted(tmp_path.rglob("*")), sorted(dataset().rglob("*"))) == before
+    plan = capsys.readouterr().out
+    for told in ("a new run", "2 leaves of 8", "2 400 images in 150 steps of 16", "144 images of 16 px",
+                 "9 shards in 1", "L2 K2 width 16", "latents      6x8x8, 24x4x4", "level 2", "checkpoint"):  # fmt: skip
+        assert told in plan, plan
