@@ -83,7 +83,6 @@ class ConvConditioner(nn.Module):
 
         reset(self.norm_first)
         self.norm_first.set_from(first_maps(), gather)
-        reset(self.norm_second)
         self.norm_second.set_from((F.conv2d(F.relu(h), self.second) for h in first_maps()), gather)
 
 

@@ -38,7 +38,7 @@ class Pictures:
 
 
 DATA = {
-    "toy64": Pictures("faces", 64, 6000),
+    "toy64": Pictures("faces", 64, 8000),
     "toy32": Pictures("faces", 32, 4000),
     "photos32": Pictures("photographs", 32, 4400),
 }

@@ -23,7 +23,7 @@ def plan(config: TrainConfig) -> str:
     manifest = open_manifest(open_storage(config.data.prefix))
     config = resolved(config, manifest)
     side = 2**config.model.levels
-    parameters = _linear(*(_parameters(_small(config.model, side, steps)) for steps in (1, 2)), config.model.steps)
+    parameters = _linear(*[_parameters(_small(config.model, side, n)) for n in (1, 2)], steps=config.model.steps)
     every = _number(config.schedule.checkpoint_every)
     lines = [
         *_about_run(config, manifest),
@@ -52,7 +52,7 @@ def _about_run(config: TrainConfig, manifest: Manifest) -> list[str]:
 
 def _about_data(config: TrainConfig, manifest: Manifest) -> list[str]:
     split = manifest.split(config.data.train)
-    order = Order([shard.samples for shard in split.shards], config.schedule.batch, config.seed)
+    order = Order([shard.samples for shard in split.shards], config.schedule.batch, config.seed, manifest.window)
     epochs = config.schedule.images / split.samples
     return [
         f"data         {manifest.storage.url}, digest {manifest.digest[:12]}: {_number(split.samples)} images of "

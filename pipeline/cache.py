@@ -226,13 +226,17 @@ def _listed(folder: Path) -> dict[str, int]:
 @contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
     """A new file that is gone afterwards unless renamed; locked meanwhile, so that others know it is not left over."""
-    path = folder / f".{secrets.token_hex(8)}.tmp"
-    with path.open("xb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+    while True:
+        path = folder / f".{secrets.token_hex(8)}.tmp"
+        with path.open("xb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not path.exists():
+                continue  # a sweep came between opening and locking
+            try:
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _sweep(folder: Path) -> None:

@@ -252,6 +252,7 @@ def _first_finding(error: ValidationError, tree: dict[str, Any], path: str) -> C
         return ConfigError(f"{'.'.join([*tables, key])}: {finding['msg'].lower()}", where=path)
     for name in tables:
         tree = tree[name]
-    near = difflib.get_close_matches(key, [name for name in tree if name != key], n=1)
-    cure = f"did you mean {'.'.join([*tables, near[0]])}?" if near else f"known here: {', '.join(name for name in tree if name != key)}"
+    known = [name for name in tree if name != key]
+    near = difflib.get_close_matches(key, known, n=1)
+    cure = f"did you mean {'.'.join([*tables, near[0]])}?" if near else f"known here: {', '.join(known)}"
     return ConfigError(f"no setting {'.'.join([*tables, key])}", where=path, cure=cure)

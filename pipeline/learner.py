@@ -119,7 +119,7 @@ class Learner:
             {
                 "train/bits_per_dim": loss.detach().mean(),
                 "train/log_det_bpd": terms.log_det.detach().mean() * per_dim,
-                "train/prior_bpd": sum(terms.priors).detach().mean() * per_dim,
+                "train/prior_bpd": (terms.log_prob - terms.log_det).detach().mean() * per_dim,
             }
         )
         return loss.sum() / self.config.schedule.batch
@@ -152,11 +152,6 @@ class Learner:
         load_optimizer_tensors(self.optimizer, self.model, _below(tensors, "optim/"))
         self.guard.load_state_dict(state["guard"])
         self.images, self.step = state["images"], state["step"]
-
-
-def averaged_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's averaged weights as a state_dict of the model; what is not averaged is as it is."""
-    return _below(tensors, "model/") | _below(tensors, "ema/average/")
 
 
 def _microbatches(stream: Stream, own: Sequence[int]) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -118,7 +119,23 @@ def connect(uri: str) -> MlflowClient:
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
         logging.getLogger(name).setLevel(logging.WARNING)
     uri = absolute_uri(uri)
+    _lay_database(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _lay_database(uri: str) -> None:
+    """Make a missing sqlite database aside, then put it in place: MLflow cannot open one whose making was cut off."""
+    from mlflow import MlflowClient
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:////") or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as draft:
+        MlflowClient(tracking_uri=f"sqlite:///{draft}/made.db", registry_uri=f"sqlite:///{draft}/made.db")
+        shutil.copyfile(f"{draft}/made.db", f"{draft}/whole.db")
+        with contextlib.suppress(FileExistsError):
+            os.link(f"{draft}/whole.db", path)
 
 
 def default_uri() -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ class Stream:
         finally:
             self._drop([pending], [])
 
-    def batches(self, start: int, batch: int, rows: slice = slice(None), stop: int | None = None) -> Iterator[Batch]:
+    def batches(self, start: int, batch: int, rows: slice = slice(None), stop: int | None = None) -> Generator[Batch]:
         """Global batches k = 0, 1, ... at positions [start + k * batch, start + (k + 1) * batch), `rows` of each.
 
         Goes on for ever, or to position `stop`, where the last batch may be short or hold none of the rows; every rank

@@ -133,7 +133,7 @@ def look(learner: Learner, examples: Examples, unseen: Stream, tracker: Tracker)
             _, *condition = examples.of(unseen.fetch(np.arange(8 * config.evaluate.rows)), config.seed)
             for temperature in config.evaluate.temperatures:
                 picture = training_grid(model, config, temperature, (condition[0], condition[1]))
-                tracker.image(f"samples-t{temperature:.2f}", learner.images, picture)
+                tracker.image(f"t{temperature:.2f}", learner.images, picture)
     figures = {"val/bits_per_dim": float(bits.mean())}
     tracker.log(learner.images, figures)
     return figures
