@@ -29,6 +29,8 @@ from glow import Glow, GlowConfig
 from jobs.plain import PlainGlow
 
 MIB = 2**20
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h (glibc)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +162,10 @@ def measure_memory(setup: Setup, variants: Sequence[Variant]) -> list[dict[str, 
 
 
 def _memory_of(setup: Setup, variant: Variant) -> dict[str, float]:
+    if not setup.cuda:
+        # Blocks above 64 KiB go straight back to the system: glibc would keep freed ones in a heap that fragments (a
+        # checkpointed step then looks up to three times as large), and the peak is to say what a step needs.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     workload = Workload(setup, [variant])
     trained = workload.plain if variant.plain else workload.glow
     assert trained is not None
