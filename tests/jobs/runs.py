@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -64,10 +66,33 @@ def jobs(*words: str) -> list[str]:
     return [sys.executable, "-m", "jobs", *words]
 
 
+MARK = f"GLOW_TEST_{secrets.token_hex(8)}"
+"""In the environment of every process a test of this session started, however far down."""
+
+
+def left_processes() -> list[psutil.Process]:
+    """Living processes that descend from a command of this session's tests."""
+    return [process for process in psutil.process_iter() if _is_ours(process)]
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and MARK in process.environ()
+    except psutil.Error:  # gone meanwhile, or somebody else's
+        return False
+
+
+def left_folders() -> list[Path]:
+    """Folders of Ray whose owner is gone."""
+    folders = Path(tempfile.gettempdir()).glob("glow-*-*")
+    owned = [(folder, re.fullmatch(r"glow-(\d+)-\w+", folder.name)) for folder in folders]
+    return [folder for folder, owner in owned if owner and not psutil.pid_exists(int(owner[1]))]
+
+
 def started(command: list[str]) -> subprocess.Popen[str]:
     """Start a command in a process group of its own; its output is one stream of lines."""
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", MARK: "1"}
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -61,7 +61,8 @@ def test_a_dry_run_measures_nothing(capsys: pytest.CaptureFixture[str], command:
         (["--anchors", "x"], "numbers and K"),
         (["--anchors", "-1"], "numbers and K"),
         (["--batch", "0"], "1 or more"),
-        (["--coupling", "cubic"], "invalid choice"),
+        (["--rounds", "0"], "1 or more"),
+        (["--coupling", "cubic"], "additive or affine"),
     ],
 )
 def test_flags_that_make_no_sense(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:

@@ -171,10 +171,13 @@ def occurs(crop: np.ndarray, photo: np.ndarray) -> bool:
 @pytest.mark.nightly
 @pytest.mark.timeout(3600)
 def test_the_real_demo_survives_kills_too(tmp_path: Path) -> None:
-    """toy32 on two Ray workers: killed in every stage and at three random moments, the same artifact as unbroken."""
+    """toy32 on two Ray workers, killed in every stage and at three random moments: the artifact of two, and of one."""
     words = jobs("demo", "toy32", "--folder")
     code, unbroken = followed([*words, str(tmp_path / "a")])
     assert code == 0, unbroken
+    code, alone = followed([*words, str(tmp_path / "c"), "--workers", "0"])
+    assert code == 0, alone
+    assert artifact(alone) == artifact(unbroken)
     moments = random.Random(0)
     for number in [*range(1, STAGES + 1), 0, 0, 0]:
         with started([*words, str(tmp_path / "b")]) as process:

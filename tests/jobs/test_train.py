@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import signal
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 
 from jobs.__main__ import main
-from tests.jobs.runs import config_of, dataset, followed, jobs, settings, tensors_of
+from tests.jobs.runs import (
+    config_of,
+    dataset,
+    followed,
+    jobs,
+    left_folders,
+    left_processes,
+    settings,
+    tensors_of,
+)
 
 IMAGES = 2400
 
@@ -25,14 +34,6 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert code == 0, output
     assert f"images {IMAGES}/{IMAGES}" in output
     return folder / "runs" / "plain"
-
-
-def left_behind() -> set[str]:
-    """Folders of Ray and processes of Ray on this machine."""
-    folders = {path.name for path in Path(tempfile.gettempdir()).glob("glow-*-*") if (path / "train").exists()}
-    processes = {str(p.pid) for p in psutil.process_iter(["name"]) if (p.info["name"] or "").startswith(("ray", "gcs_"))
-                 and p.status() != psutil.STATUS_ZOMBIE}  # fmt: skip
-    return folders | processes
 
 
 def test_a_run_leaves_its_settings_beside_it(plain: Path) -> None:
@@ -52,7 +53,7 @@ def test_torchrun_on_two_processes_learns_the_same(plain: Path, tmp_path: Path) 
 
 def test_two_ray_workers_and_a_kill_learn_the_same(plain: Path, tmp_path: Path) -> None:
     """Promise R1: SIGKILL of a worker, back from the last checkpoint, final tensors bit-equal to an unbroken run."""
-    before, killed = left_behind(), []
+    killed: list[int] = []
 
     def kill(process: psutil.Process, line: str) -> None:
         if line.startswith("images 480/") and not killed:
@@ -70,24 +71,22 @@ def test_two_ray_workers_and_a_kill_learn_the_same(plain: Path, tmp_path: Path) 
     events = [json.loads(line) for line in (tmp_path / "runs/two/events.jsonl").read_text().splitlines()]
     assert [event["images"] >= 320 for event in events if event["kind"] == "resumed"] == [True]
     assert tensors_of(tmp_path / "runs" / "two") == tensors_of(plain)
-    assert left_behind() <= before
+    assert (left_processes(), left_folders()) == ([], [])
 
 
 def test_a_refusal_on_a_worker_is_final_and_keeps_its_exit_code(tmp_path: Path) -> None:
     words = [*settings(tmp_path, IMAGES), "--data.digest", "0" * 64, "--cluster.workers", "2"]
-    before = left_behind()
     code, output = followed(jobs("train", *words))
     assert code == 3, output
     last = output.splitlines()[-1]
     assert last.startswith("error: ")
     assert "the run is pinned to 000000000000" in last
     assert "go on from the last checkpoint" not in output, "not tried again"
-    assert left_behind() <= before
+    assert (left_processes(), left_folders()) == ([], [])
 
 
 def test_sigterm_ends_a_ray_run_and_the_same_command_goes_on(plain: Path, tmp_path: Path) -> None:
     words = jobs("train", *settings(tmp_path, IMAGES), "--name", "stopped", "--cluster.workers", "2")
-    before = left_behind()
 
     def stop(process: psutil.Process, line: str) -> None:
         if line.startswith("images 480/"):
@@ -96,7 +95,7 @@ def test_sigterm_ends_a_ray_run_and_the_same_command_goes_on(plain: Path, tmp_pa
     code, output = followed(words, stop)
     assert code == 143, output
     assert output.splitlines()[-1] == "error: stopped by SIGTERM; the same command goes on from the last checkpoint"
-    assert left_behind() <= before
+    assert (left_processes(), left_folders()) == ([], [])
     # One process goes on where two stopped.
     assert followed(jobs("train", *settings(tmp_path, IMAGES), "--name", "stopped"))[0] == 0
     assert tensors_of(tmp_path / "runs" / "stopped") == tensors_of(plain)
@@ -111,3 +110,23 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(tmp_path: Path, capsys: pyt
     for told in ("a new run", "2 leaves of 8", "2 400 images in 150 steps of 16", "144 images of 16 px",
                  "9 shards in 1", "L2 K2 width 16", "latents      6x8x8, 24x4x4", "level 2", "checkpoint"):  # fmt: skip
         assert told in plan, plan
+
+
+@pytest.mark.nightly
+def test_a_killed_driver_leaves_no_process_and_the_next_start_no_folder(plain: Path, tmp_path: Path) -> None:
+    """Promise R2: the driver killed, the same command goes on; what Ray left ends by itself or is swept."""
+    words = jobs("train", *settings(tmp_path, IMAGES), "--name", "orphaned", "--cluster.workers", "2")
+
+    def kill(process: psutil.Process, line: str) -> None:
+        if line.startswith("images 480/"):
+            process.send_signal(signal.SIGKILL)
+
+    assert followed(words, kill)[0] == -signal.SIGKILL
+    deadline = time.monotonic() + 120
+    while left_processes() and time.monotonic() < deadline:
+        time.sleep(1)
+    assert left_processes() == []
+    code, output = followed(words)
+    assert code == 0, output
+    assert (left_processes(), left_folders()) == ([], [])
+    assert tensors_of(tmp_path / "runs" / "orphaned") == tensors_of(plain)

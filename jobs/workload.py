@@ -1,0 +1,193 @@
+"""What the bench measures: a training step of each variant on the same weights and batch; its seconds and its bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glow import Glow, GlowConfig
+from jobs.plain import PlainGlow
+
+MIB = 2**20
+M_MMAP_THRESHOLD = -3
+"""Of malloc.h (glibc)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The model, the batch and the machine a measurement is of."""
+
+    config: GlowConfig
+    batch: int
+    device: str
+    threads: int
+    channels_last: bool
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.startswith("cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A row: the plain reference, or glow with an anchor setting."""
+
+    name: str
+    plain: bool
+    checkpointed: bool = False
+    anchor_every: int = 0
+
+
+class Workload:
+    """Models with the same weights, and a training step (no optimiser) of each variant on the same batch."""
+
+    def __init__(self, setup: Setup, variants: Sequence[Variant]) -> None:
+        torch.set_num_threads(setup.threads)
+        torch.manual_seed(0)
+        config = setup.config
+        layout = torch.channels_last if setup.channels_last else torch.contiguous_format
+        x = torch.rand(setup.batch, config.channels, config.size, config.size) - 0.5
+        self.x = x.to(setup.device, memory_format=layout)
+        self.glow = Glow(config).to(setup.device, memory_format=layout)  # type: ignore[call-overload]
+        self.glow.initialize([self.x])
+        self.plain: PlainGlow | None = None
+        if any(variant.plain for variant in variants):
+            self.plain = PlainGlow(config)
+            self.plain.load_from(self.glow.state_dict())
+            self.plain.to(setup.device, memory_format=layout)  # type: ignore[call-overload]
+
+    def loss(self, variant: Variant) -> Tensor:
+        """Mean negative log-likelihood of the batch, ready for backward."""
+        self.drop_gradients()
+        if not variant.plain:
+            self.glow.set_anchors([variant.anchor_every])
+            return -self.glow.log_prob(self.x).mean()
+        assert self.plain is not None
+        self.plain.checkpointed = variant.checkpointed
+        return -self.plain(self.x)[1].mean()
+
+    def step(self, variant: Variant) -> None:
+        """Forward and backward."""
+        self.loss(variant).backward()
+
+    def drop_gradients(self) -> None:
+        for model in self.models():
+            model.zero_grad(set_to_none=True)
+
+    def models(self) -> list[nn.Module]:
+        return [self.glow] if self.plain is None else [self.glow, self.plain]
+
+    def saved_bytes(self, variant: Variant) -> int:
+        """Bytes of storages that autograd saves for backward, parameters and buffers aside."""
+        own = {t.untyped_storage().data_ptr() for m in self.models() for t in m.state_dict().values()}
+        storages: dict[int, int] = {}
+        alive: list[Tensor] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            alive.append(tensor)  # or its address could be given out again
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            self.loss(variant)
+        return sum(size for address, size in storages.items() if address not in own)
+
+
+def measure_steps(setup: Setup, variants: Sequence[Variant], rounds: int) -> list[dict[str, Any]]:
+    """Seconds of every variant, round after round, after one round that does not count."""
+    workload = Workload(setup, variants)
+    seconds = _seconds_on_gpu if setup.cuda else _seconds_on_cpu
+    times: dict[str, list[float]] = {variant.name: [] for variant in variants}
+    for _ in range(rounds + 1):
+        for variant in variants:
+            times[variant.name].append(seconds(lambda variant=variant: workload.step(variant)))
+    baseline = times[variants[0].name][1:]
+    return [
+        {
+            "row": variant.name,
+            "ms": 1e3 * statistics.median(times[variant.name][1:]),
+            "ms_least": 1e3 * min(times[variant.name][1:]),
+            "ratio": statistics.median(t / b for t, b in zip(times[variant.name][1:], baseline, strict=True)),
+            "images_per_s": setup.batch / statistics.median(times[variant.name][1:]),
+            "saved_mib": workload.saved_bytes(variant) / MIB,
+        }
+        for variant in variants
+    ]
+
+
+def _seconds_on_cpu(step: Callable[[], None]) -> float:
+    start = time.process_time()
+    step()
+    return time.process_time() - start
+
+
+def _seconds_on_gpu(step: Callable[[], None]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure_memory(setup: Setup, variants: Sequence[Variant]) -> list[dict[str, Any]]:
+    """Peak memory of one step of every variant above what the model and the batch hold, each in a fresh process."""
+    rows = []
+    for variant in variants:
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            rows.append({"row": variant.name, **fresh.submit(_memory_of, setup, variant).result()})
+    for row in rows:
+        row["ratio"] = row["peak_mib"] / rows[0]["peak_mib"]
+    return rows
+
+
+def _memory_of(setup: Setup, variant: Variant) -> dict[str, float]:
+    if not setup.cuda:
+        # Blocks above 64 KiB go straight back to the system: glibc would keep freed ones in a heap that fragments (a
+        # checkpointed step then looks up to three times as large), and the peak is to say what a step needs.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+    workload = Workload(setup, [variant])
+    trained = workload.plain if variant.plain else workload.glow
+    assert trained is not None
+    gradients = sum(p.numel() * p.element_size() for p in trained.parameters())
+    saved = workload.saved_bytes(variant)
+    workload.step(variant)  # loads what libraries load once
+    workload.drop_gradients()
+    peak = _peak_on_gpu if setup.cuda else _peak_on_cpu
+    return {
+        "peak_mib": peak(lambda: workload.step(variant)) / MIB,
+        "gradients_mib": gradients / MIB,
+        "saved_mib": saved / MIB,
+    }
+
+
+def _peak_on_gpu(step: Callable[[], None]) -> int:
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_on_cpu(step: Callable[[], None]) -> int:
+    """Growth of the peak resident size over the resident size before (Linux with glibc)."""
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew from here
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
