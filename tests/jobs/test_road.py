@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import re
+import threading
 import time
 import urllib.request
 from pathlib import Path
+from socket import AF_INET
 
+import psutil
 import pytest
 
 from tests.running import RunningStack, jobs
@@ -111,12 +115,10 @@ def test_what_cannot_work_is_one_line_and_its_exit_code(
 
 def test_an_open_ray_elsewhere_is_refused(tmp_path: Path) -> None:
     """A job server without a token, at an address that is not this machine's loopback."""
-    import http.server
-    import socket
-    import threading
-
-    here = socket.gethostbyname(socket.gethostname())
-    if here.startswith("127."):
+    every = (entry for entries in psutil.net_if_addrs().values() for entry in entries)
+    known = [entry.address for entry in every if entry.family == AF_INET]
+    here = next((address for address in known if not address.startswith("127.")), "")
+    if not here:
         pytest.skip("this machine has no address but the loopback")
     server = http.server.HTTPServer((here, 0), http.server.SimpleHTTPRequestHandler)
     (tmp_path / "api").mkdir()
