@@ -10,6 +10,7 @@ goes on where the run stopped. A job's exit code is the exit code of following i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -25,11 +26,11 @@ Address = Annotated[str, tyro.conf.arg(metavar="URL")]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of submit, status, logs, stop."""
+    """Run one of submit, status, logs, stop, doctor."""
     if argv and argv[0] == "submit":
         return submit(list(argv[1:]))
     return tyro.extras.subcommand_cli_from_dict(
-        {"submit": _submit, "status": status, "logs": logs, "stop": stop},
+        {"submit": _submit, "status": status, "logs": logs, "stop": stop, "doctor": doctor},
         prog="python -m jobs cluster",
         description=__doc__,
         args=list(argv),
@@ -45,8 +46,8 @@ def submit(words: list[str]) -> int:
 
     if not words or words[0] in ("-h", "--help"):
         print("usage: python -m jobs cluster submit PRESET|CONFIG.toml [--follow] [--address URL] [--dry-run] "
-              "[--SETTING VALUE ...]\n\npython -m jobs train --help lists the presets and settings.")  # fmt: skip
-        return 0
+              "[--SETTING VALUE ...]\n\npython -m jobs train --help lists the presets. Settings, with toy32's values:")  # fmt: skip
+        parse(["toy32", "--help"])  # prints and exits
     addresses, words = taken(words, "--address")
     follow = "--follow" in words
     config, dry_run = parse([word for word in words if word != "--follow"])
@@ -112,3 +113,21 @@ def stop(job: Job, /, address: Address = "") -> int:
     client = connect(address)
     print(stopped(client, resolve(client, job)))
     return 0
+
+
+def doctor(address: Address = "", storage: str = "", uri: str = "") -> int:
+    """Say what is well and what is not, one line a thing, each with its cure; exits as the first that is not.
+
+    Args:
+        address: The cluster's job server; empty takes RAY_API_SERVER_ADDRESS.
+        storage: Prefix to write to and read from; empty takes GLOW_STORAGE.
+        uri: MLflow address; empty takes MLFLOW_TRACKING_URI.
+    """
+    from jobs.cluster.doctor import findings
+
+    storage = storage or os.environ.get("GLOW_STORAGE", "")
+    code = 0
+    for finding in findings(address, storage, uri or os.environ.get("MLFLOW_TRACKING_URI", "")):
+        print(finding, flush=True)
+        code = code or finding.code
+    return code

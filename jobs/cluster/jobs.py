@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import os
 import sys
@@ -45,12 +46,17 @@ class Client:
             os.environ.setdefault("RAY_AUTH_MODE", "token" if self._token else "disabled")
             from ray.job_submission import JobSubmissionClient
 
-            headers = {"Authorization": f"Bearer {self._token}"} if self._token else None
             with translated(self.address):
-                self._connected = JobSubmissionClient(self.address, headers=headers)
+                self._connected = JobSubmissionClient(self.address, headers=_bearer(self._token))
             for name in ("ray", "ray.dashboard"):
                 logging.getLogger(name).setLevel(logging.ERROR)  # what it says of packages and sockets is no news
         return self._connected
+
+    def version(self) -> str:
+        """Ray's version there."""
+        request = urllib.request.Request(f"{self.address}/api/version", headers=_bearer(self._token))
+        with translated(self.address), urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
+            return str(json.load(answer)["ray_version"])
 
     def jobs(self) -> list[JobDetails]:
         """Every job that was submitted, oldest first."""
@@ -201,8 +207,7 @@ def refuse_second(client: Client, run: str, url: str) -> None:
 
 def _knock(address: str, token: str) -> int:
     """HTTP status of asking for the version; 0 where nobody answers."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    request = urllib.request.Request(f"{address}/api/version", headers=headers)
+    request = urllib.request.Request(f"{address}/api/version", headers=_bearer(token))
     try:
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
             return answer.status
@@ -210,6 +215,10 @@ def _knock(address: str, token: str) -> int:
         return error.code
     except (OSError, ValueError):
         return 0
+
+
+def _bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _token() -> str:
