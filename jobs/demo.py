@@ -9,6 +9,9 @@ manifest, the checkpoint of the last image, the alias on these very weights, the
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -155,7 +158,9 @@ class Demo:
 
             held_out = pictures.images // 11
             write_crops(source, size=pictures.size, train=pictures.images - held_out, val=held_out)
-        data.prepare(str(source), str(self.dataset))
+        # Photographs come with their own split; of faces a twentieth is enough to judge by.
+        split = "auto" if pictures.kind == "photographs" else "random:0:0.05"
+        data.prepare(str(source), str(self.dataset), split=split)
 
     def train(self) -> str:
         """The preset on Ray workers, unless the checkpoint of the last image is there."""
@@ -312,6 +317,7 @@ class Demo:
         codecs = {name: figure["mean"] for name, figure in kept["codecs"].items()}
         beside = ", ".join(f"{name.upper()} {mean:.2f} ({mine / mean:.2f}x)" for name, mean in codecs.items())
         ask = "" if not self.manifest.editable else " --attributes=+Smiling --attributes=+Wearing_Hat"
+        python = _python()
         how = f"made in {seconds:.0f} s" if self.made else "is there already (--again trains once more)"
         return (
             f"\n{self.address} {how}: {mine:.3f} bits/dim on held-out images; {beside}\n"
@@ -319,10 +325,18 @@ class Demo:
             f"  {self.folder / 'report.html'}   the report; the same as JSON beside it\n"
             f"  {self.folder}/              data, runs, registry, mlflow.db\n"
             f"try next:\n"
-            f"  python -m jobs latents sample {self.address} --uri {self.uri} --out more.png{ask}\n"
-            f"  python -m jobs train {self.name} --data.prefix {self.dataset} --name longer --schedule.images 40000\n"
-            f"  mlflow server --backend-store-uri {self.uri} --port 5000"
+            f"  {python} -m jobs latents sample {self.address} --uri {self.uri} --out more.png{ask}\n"
+            f"  {python} -m jobs train {self.name} --data.prefix {self.dataset} --name longer --schedule.images 40000\n"
+            f"  {python} -m mlflow server --backend-store-uri {self.uri} --port 5000"
         )
+
+
+def _python() -> str:
+    """How this interpreter is called from here: python where it is the first, else by its place."""
+    if shutil.which("python") == sys.executable:
+        return "python"
+    place = os.path.relpath(sys.executable)
+    return sys.executable if place.startswith("..") else place
 
 
 def _replace(path: Path, data: bytes) -> None:

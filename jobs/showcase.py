@@ -4,43 +4,62 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from pipeline.grids import BACKGROUND, Column, attribute_columns, sample_grid, temperature_columns
+from pipeline.grids import BACKGROUND, Column, sample_grid, temperature_columns
 
 if TYPE_CHECKING:
     from pipeline.model import LoadedModel
-    from pipeline.sampling import Condition
 
-SEEDS, TEMPERATURES, TEMPERATURE = (1, 2, 3, 4, 5), (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 0.6
-ASKED = ("+Wearing_Hat", "+Blond_Hair", "+Black_Hair", "-Pale_Skin", "+Smiling", "-No_Beard", "+Eyeglasses")
-"""Columns of samples.png, where the dataset has these attributes."""
+ROWS = 5
+TEMPERATURES, TEMPERATURE = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 0.6
+ASKED = {
+    "hat": "+Wearing_Hat",
+    "blond": "+Blond_Hair,-Black_Hair,-Brown_Hair",
+    "black hair": "+Black_Hair,-Blond_Hair,-Brown_Hair",
+    "darker skin": "-Pale_Skin",
+    "smile": "+Smiling",
+    "beard": "-No_Beard",
+    "glasses": "+Eyeglasses",
+}
+"""Columns of samples.png for faces: what is asked for, over each seed's own attributes."""
 
 
 def samples(champion: LoadedModel) -> Image.Image:
-    """Rows are seeds, columns what is asked for; below, the same seeds at rising temperature."""
-    config, bits = champion.config, champion.config.bits
-    base = champion.condition(SEEDS)
-    if config.editable and config.model.attributes > 0:
-        asked = ["", *(word for word in ASKED if word[1:] in config.editable)]
-        columns = attribute_columns(config.model, config.editable, base, asked)
-    else:
-        columns = [Column(name, champion.condition(SEEDS, label=number)) for number, name in enumerate(config.labels)]
-    grid = sample_grid(champion.model, bits, SEEDS, columns, TEMPERATURE, f"T = {TEMPERATURE:g}")
-    strip = sample_grid(champion.model, bits, SEEDS[:1], temperature_columns(TEMPERATURES, _first(base)), TEMPERATURE)
+    """Rows are seeds, columns what is asked for; below, the first seed at rising temperature."""
+    asked = ASKED if {"Wearing_Hat", "No_Beard"} <= set(champion.config.editable) else {}
+    seeds = plain_seeds(champion, list(asked.values()))
+    columns = [Column("as it comes", champion.condition(seeds))]
+    columns += [Column(title, champion.condition(seeds, request)) for title, request in asked.items()]
+    if not asked:
+        names = enumerate(champion.config.labels)
+        columns = [Column(name, champion.condition(seeds, label=number)) for number, name in names]
+    bits, first = champion.config.bits, champion.condition(seeds[:1])
+    grid = sample_grid(champion.model, bits, seeds, columns, TEMPERATURE, f"T = {TEMPERATURE:g}")
+    strip = sample_grid(champion.model, bits, seeds[:1], temperature_columns(TEMPERATURES, first), TEMPERATURE)
     canvas = Image.new("RGB", (max(grid.width, strip.width), grid.height + strip.height), BACKGROUND)
     canvas.paste(grid, (0, 0))
-    canvas.paste(strip, (0, grid.height))
+    canvas.paste(strip, (canvas.width - strip.width, grid.height))
     return canvas
 
 
-def _first(condition: Condition) -> Condition:
-    label, attributes = condition
-    return label if label is None else label[:1], attributes if attributes is None else attributes[:1]
+def plain_seeds(champion: LoadedModel, requests: Sequence[str]) -> list[int]:
+    """The seeds that the requests change most: their own images have least of what is asked for."""
+    seeds = range(len(champion.golden["labels"]))
+    _, own = champion.condition(seeds)
+    if own is None:
+        return list(seeds[:ROWS])
+    met = torch.zeros(len(seeds))
+    for request in requests:
+        _, wanted = champion.condition(seeds, request)
+        met += (wanted == own).all(1)
+    return sorted(torch.argsort(met, stable=True)[:ROWS].tolist())
 
 
 def png(picture: Image.Image, artifact: str) -> bytes:

@@ -24,15 +24,15 @@ Row = dict[str, Any]
 Report = Callable[[Row], None]
 
 SHOWN = (
-    # figure                  on the line
-    ("train/bits_per_dim",   "train {:.3f}"),
-    ("val/bits_per_dim",     "val {:.3f}"),
-    ("train/lr",             "lr {:.1e}"),
-    ("perf/images_per_s",    "{:.1f} images/s"),
-    ("perf/data_wait_pct",   "wait {:.1f} %"),
+    # figure                   on the line
+    ("train/bits_per_dim",    "train {:.3f}"),
+    ("val/bits_per_dim",      "val {:.3f}"),
+    ("perf/images_per_s",     "{:.1f} images/s"),
+    ("train/lr",              "lr {:.1e}"),
+    ("perf/data_wait_pct",    "wait {:.1f} %"),
     ("train/inversion_error", "inversion {:.0e}"),
 )  # fmt: skip
-"""What of a row a person watches; all of it is in RUN/metrics.jsonl."""
+"""What of a row a person watches, a bar has room for the first three; all of it is in RUN/metrics.jsonl."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,8 +103,8 @@ def launch(config: TrainConfig) -> Row:
 
 def closing(summary: Row) -> str:
     """What a run came to, in a line."""
-    figures = [shape.format(summary[name]) for name, shape in SHOWN[:2] if name in summary]
-    return f"{summary.get('images', 0):.0f} images, bits/dim {', '.join(figures)}"
+    figures = [f", {shape.format(summary[name])} bits/dim" for name, shape in SHOWN[:2] if name in summary]
+    return f"{summary.get('images', 0):.0f} images{''.join(figures)}"
 
 
 @contextlib.contextmanager
@@ -125,8 +125,8 @@ def _line(row: Row, total: int) -> str:
     return f"images {row.get('images', 0):.0f}/{total}  {_figures(row)}{left}"
 
 
-def _figures(row: Row) -> str:
-    return "  ".join(shape.format(row[name]) for name, shape in SHOWN if row.get(name) is not None)
+def _figures(row: Row, count: int = len(SHOWN)) -> str:
+    return "  ".join(shape.format(row[name]) for name, shape in SHOWN[:count] if row.get(name) is not None)
 
 
 def _clock(seconds: float) -> str:
@@ -138,10 +138,10 @@ def _clock(seconds: float) -> str:
 @contextlib.contextmanager
 def _bar(total: int, stream: TextIO) -> Iterator[Report]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(file=stream), refresh_per_second=4) as bar:
+    columns = MofNCompleteColumn(), BarColumn(bar_width=None), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(file=stream), refresh_per_second=4, expand=True) as bar:
         task = bar.add_task("", total=total)
 
         def report(row: Row) -> None:
@@ -149,6 +149,6 @@ def _bar(total: int, stream: TextIO) -> Iterator[Report]:
                 bar.console.print(row["event"], highlight=False)
             else:
                 left = _clock(row.get("perf/eta_s", 0.0))
-                bar.update(task, completed=row.get("images", 0), description=f"{_figures(row)}  eta {left}")
+                bar.update(task, completed=row.get("images", 0), description=f"{_figures(row, 3)}  eta {left}")
 
         yield report

@@ -1,8 +1,8 @@
 """Two photographs as a dataset: crops of what scikit-learn ships, for a first step on real pictures.
 
-`china.jpg` by danielbuechele and `flower.jpg` by vultilion (Flickr), both CC BY 2.0. `write_crops` writes an image folder of two classes
-with train/ and val/: validation crops come from the right fifth of each photograph and no training crop reaches into
-it. The crops of a seed are always the same.
+`china.jpg` by danielbuechele and `flower.jpg` by vultilion (Flickr), both CC BY 2.0. `write_crops` writes an image
+folder of two classes with train/ and val/: validation crops come from the right fifth of each photograph and no
+training crop reaches into it. The crops of a seed are always the same.
 """
 
 from __future__ import annotations

@@ -28,7 +28,10 @@ COMMAND = re.compile(r"(?:python -m jobs|-m jobs|glow-jobs) ([a-z]+(?:[ ][^`\n|]
 def commands(text: str) -> list[list[str]]:
     """The words after `python -m jobs` of every command in a document, with lines that end in \\ joined."""
     found = COMMAND.findall(text.replace("\\\n", " "))
-    return [words for words in (shlex.split(command, comments=True) for command in found) if words[0] in GROUPS]
+    # A command inside quotes brings the closing one along.
+    bare = [command[:-1] if command.endswith("'") and command.count("'") % 2 else command for command in found]
+    split = [shlex.split(command, comments=True) for command in bare]
+    return [words for words in split if words[0] in GROUPS]
 
 
 def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
