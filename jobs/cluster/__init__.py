@@ -46,7 +46,8 @@ def submit(words: list[str]) -> int:
 
     if not words or words[0] in ("-h", "--help"):
         print("usage: python -m jobs cluster submit PRESET|CONFIG.toml [--follow] [--address URL] [--dry-run] "
-              "[--SETTING VALUE ...]\n\npython -m jobs train --help lists the presets. Settings, with toy32's values:")  # fmt: skip
+              "[--SETTING VALUE ...]\n")  # fmt: skip
+        print("python -m jobs train --help lists the presets. Settings, with the values of toy32:")
         parse(["toy32", "--help"])  # prints and exits
     addresses, words = taken(words, "--address")
     follow = "--follow" in words
