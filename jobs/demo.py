@@ -14,13 +14,14 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from jobs.material import DATA, Pictures, pack
 from pipeline.errors import ConflictError, UsageError
 
 if TYPE_CHECKING:
@@ -30,21 +31,6 @@ if TYPE_CHECKING:
     from pipeline.model import LoadedModel
     from pipeline.report import Report
     from pipeline.storage import Storage
-
-@dataclass(frozen=True)
-class Pictures:
-    """What a preset of the demo learns from."""
-
-    kind: Literal["faces", "photographs"]
-    size: int
-    images: int
-
-
-DATA = {
-    "toy64": Pictures("faces", 64, 8000),
-    "toy32": Pictures("faces", 32, 4000),
-    "photos32": Pictures("photographs", 32, 4400),
-}
 
 Preset = Annotated[Literal["toy64", "toy32", "photos32"], tyro.conf.Positional]
 
@@ -141,26 +127,10 @@ class Demo:
         try:
             splits = self.manifest.splits
         except MissingError:
-            self._pack()
+            pack(self.pictures, self.dataset)
             splits = self.manifest.splits
         counts = ", ".join(f"{split.samples} {name}" for name, split in splits.items())
         return f"{self.dataset}: {counts} images of {self.manifest.size} px, digest {self.manifest.digest[:12]}"
-
-    def _pack(self) -> None:
-        from jobs import data
-
-        pictures, source = self.pictures, self.dataset.with_name(f"{self.name}-source")
-        source.parent.mkdir(parents=True, exist_ok=True)
-        if pictures.kind == "faces":
-            data.toy(str(source), images=pictures.images, size=pictures.size)
-        else:
-            from pipeline.photos import write_crops
-
-            held_out = pictures.images // 11
-            write_crops(source, size=pictures.size, train=pictures.images - held_out, val=held_out)
-        # Photographs come with their own split; of faces a twentieth is enough to judge by.
-        split = "auto" if pictures.kind == "photographs" else "random:0:0.05"
-        data.prepare(str(source), str(self.dataset), split=split)
 
     def train(self) -> str:
         """The preset on Ray workers, unless the checkpoint of the last image is there."""

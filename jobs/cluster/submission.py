@@ -6,6 +6,7 @@ configuration that holds any is refused. What was sent is recorded with the run,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -111,8 +112,6 @@ def claim(run: Storage, name: str, record: dict[str, str]) -> str:
     while True:
         number += 1
         job = f"{name}-{number}"
-        try:
+        with contextlib.suppress(ConflictError):
             run.create(f"attempts/{number:05d}.json", canonical_json({"submission": job, **record}))
-        except ConflictError:
-            continue
-        return job
+            return job
