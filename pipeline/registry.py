@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import secrets
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -234,7 +235,7 @@ class ModelRegistry:
             data = Path(scratch) / FOLDER
             data.symlink_to(folder.absolute(), target_is_directory=True)
             save_pyfunc(loaded, data, Path(scratch) / "pyfunc")
-            place = f"models/{loaded.digest[:16]}"
+            place = f"models/{loaded.digest[:16]}-{secrets.token_hex(4)}"  # never written by two
             self.client.log_artifacts(run_id, str(Path(scratch) / "pyfunc"), place)
         return f"{self.client.get_run(run_id).info.artifact_uri}/{place}"
 

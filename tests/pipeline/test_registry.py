@@ -84,8 +84,8 @@ def test_registering_twice_is_one_version(registry: ModelRegistry, tmp_path: Pat
 def test_registering_at_once_is_one_version(registry: ModelRegistry, tmp_path: Path) -> None:
     write_tiny(tmp_path / "m")
     run = find_run(registry.client, TrackingConfig(uri=registry.uri), "run", "key")
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda _: registry.register("faces", tmp_path / "m", run, {}), range(4)))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: registry.register("faces", tmp_path / "m", run, {}), range(8)))
     assert set(found) == {1}
     assert [version.version for version in registry.client.search_model_versions("name = 'faces'")] == [1]
 
