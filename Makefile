@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stack test lint nightly clean
+.PHONY: help demo stack test road lint nightly clean
 
 help: ## say what can be made
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -20,7 +20,10 @@ stack: .venv/.for-stack ## S3, PostgreSQL, MLflow and Ray on this machine: make 
 	@.venv/bin/python -m jobs stack up $(ARGS)
 
 test: .venv/.for-work ## laws and promises, at most 15 minutes: make test [ARGS="-k order"]
-	.venv/bin/python -m pytest $(ARGS)
+	.venv/bin/python -m pytest --numprocesses 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+road: .venv/.for-work ## the README, command by command, from a fresh clone on
+	.venv/bin/python -m pytest -m road --timeout=1200 $(ARGS)
 
 nightly: .venv/.for-work ## the long tests
 	.venv/bin/python -m pytest -m nightly --timeout=7200 $(ARGS)

@@ -17,18 +17,52 @@ from pipeline.errors import ConfigError
 from tests.running import RunningStack, running_stack
 from tests.s3server import s3_server
 
+SERVERS = {"stack", "s3"}
+"""Fixtures of which a session has one each, and so one worker."""
+
 settings.register_profile("laws", deadline=None)  # a law is true on a busy machine too
 settings.load_profile("laws")
 
 
+def pytest_configure() -> None:
+    """One thread for torch, here and in every process a test starts: workers share the cores."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def servers(item: pytest.Item) -> set[str]:
+    """Which servers a test uses, by a fixture or by a parameter that names one."""
+    assert isinstance(item, pytest.Function)
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return SERVERS & {*item.fixturenames, *(value for value in parameters if isinstance(value, str))}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Parts of the work for several workers: what uses the servers, then every file; the longest first.
+
+    A file's tests stay together, for the fixtures they share.
+    """
+    for item in items:
+        group = "servers" if servers(item) else item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: (not servers(item), item.path.parent.name != "jobs"))
+
+
 @pytest.fixture(scope="session")
-def s3() -> Iterator[str]:
-    """Prefix of a bucket on a real S3 server; the environment points AWS clients, children's too, at it."""
+def s3(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Prefix of a bucket on a real S3 server; the environment points AWS clients, children's too, at it.
+
+    It is the stack's server where some test of the session wants the stack, and one of its own where none does.
+    """
     from pipeline.storage import make_bucket
 
+    shared = any("stack" in servers(item) for item in request.session.items)
     try:
-        with s3_server() as server, pytest.MonkeyPatch.context() as patch:
-            for name, value in server.environment.items():
+        with contextlib.ExitStack() as left, pytest.MonkeyPatch.context() as patch:
+            stack = request.getfixturevalue("stack") if shared else None
+            environment = stack.s3_environment if stack else left.enter_context(s3_server()).environment
+            for name, value in environment.items():
                 patch.setenv(name, value)
             make_bucket("tests")
             yield "s3://tests"

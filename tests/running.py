@@ -34,6 +34,11 @@ class RunningStack:
         lines = [shlex.split(line)[1] for line in (self.folder / ENV).read_text().splitlines()]
         return dict(line.split("=", 1) for line in lines)
 
+    @property
+    def s3_environment(self) -> dict[str, str]:
+        """By what AWS clients reach the S3 server itself, past the proxy."""
+        return {**self.stack.access["s3"], "AWS_ENDPOINT_URL": self.stack.s3}
+
     def jobs(self, *words: str, check: int | None = 0, **more: str) -> subprocess.CompletedProcess[str]:
         """Run `python -m jobs WORDS` as that somebody; `check` is the exit code it must end with, None for any."""
         done = jobs(*words, environment={**self.environment, **more})

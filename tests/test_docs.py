@@ -48,6 +48,7 @@ def subcommands(group: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
     return re.split("[,|]", found[1]) if found else []
 
 
+@pytest.mark.road
 def test_the_road_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of the README's road, in its order, with fewer images."""
     assert len(ROAD) > 10

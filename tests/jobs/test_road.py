@@ -50,6 +50,7 @@ def dashboard(stack: RunningStack, path: str) -> str:
         return answer.read().decode()
 
 
+@pytest.mark.road
 @pytest.mark.timeout(900)
 def test_from_pictures_to_a_champion(road: RunningStack, tmp_path: Path) -> None:
     first = road.jobs(*SUBMIT, *FOR_EVER, CANARY=CANARY).stdout
