@@ -12,7 +12,15 @@ from glow.bits import (
 )
 from glow.coupling import Coupling
 from glow.flow import Glow, GlowConfig, LogProb
-from glow.latents import attribute_directions, latents_of_seeds
+from glow.latents import (
+    attribute_directions,
+    heat,
+    interpolate,
+    keep_levels,
+    latents_of_seeds,
+    move,
+    project,
+)
 from glow.memory import anchored
 from glow.mixing import DenseMixing, LUMixing, NormedMixing, PermutationMixing
 from glow.norm import ActNorm
@@ -38,9 +46,14 @@ __all__ = [
     "attribute_directions",
     "bits_per_dim",
     "dequantize",
+    "heat",
+    "interpolate",
+    "keep_levels",
     "keyed_normal",
     "keyed_uniform",
     "latents_of_seeds",
+    "move",
+    "project",
     "quantize",
     "sample_keys",
     "to_pixels",
