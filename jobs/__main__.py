@@ -21,6 +21,7 @@ GROUPS = {
     "latents": "sample, and look at what the latents mean",
     "stack": "S3, PostgreSQL, MLflow and a Ray cluster on this machine, by one command",
     "cluster": "submit a run to a Ray cluster; follow, look at and stop it",
+    "studies": "what a choice is worth: tables and plots of trainings that differ in it",
     "bench": "step time and memory in one table",
 }
 """Command groups in the order one meets them; each is `jobs/NAME.py` with `main(argv) -> int`."""

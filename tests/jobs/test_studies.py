@@ -1,0 +1,90 @@
+"""Studies: what is stopped goes on, what is done is not done again, and what is drawn is what was measured."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from jobs.material import Pictures
+from jobs.studies import plans, show
+from jobs.studies.cells import Workshop, key, locked
+from jobs.studies.plans import Scale
+
+PICTURES = {name: Pictures("faces", 16, 48) for name in ("photos32", "toy32")}
+TINY = Scale(images=32, seeds=2, levels=1, steps=1, width=8, judged=8, init_images=32)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workshop's folder with its datasets and nothing else."""
+    folder = tmp_path_factory.mktemp("workshop")
+    workshop = Workshop(folder, PICTURES, print)
+    for name in PICTURES:
+        workshop.manifest(name)
+    return folder
+
+
+class Stopped(Exception):
+    """Somebody stopped the study."""
+
+
+def test_a_study_that_is_stopped_goes_on_and_comes_to_the_same_table(data: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        if len(lines) == 6:
+            raise Stopped
+
+    folder = Path(shutil.copytree(data, tmp_path / "broken"))
+    with pytest.raises(Stopped):
+        plans.mixing(Workshop(folder, PICTURES, say).measure, TINY)
+    kept = {path: path.read_bytes() for path in folder.glob("runs/*/result.json")}
+    assert len(kept) == 3
+    broken = plans.mixing(Workshop(folder, PICTURES, say).measure, TINY)
+    assert {path: path.read_bytes() for path in kept} == kept
+    assert len(lines) == 2 * 24
+    whole = plans.mixing(Workshop(Path(shutil.copytree(data, tmp_path / "whole")), PICTURES, print).measure, TINY)
+    assert broken.markdown() == whole.markdown()
+    assert "not yet run" not in whole.markdown()
+
+
+def test_a_dry_run_trains_nothing_and_shows_what_is_there(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "studies"))
+    tiny = replace(TINY, seeds=1)
+    workshop = Workshop(folder, PICTURES, print)
+    show(workshop, "conditioning", plans.conditioning, tiny, dry_run=True)
+    assert "0 of 5 trainings are there" in capsys.readouterr().out
+    show(workshop, "conditioning", plans.conditioning, tiny, dry_run=False)
+    show(workshop, "conditioning", plans.conditioning, tiny, dry_run=True)
+    assert "5 of 5 trainings are there" in capsys.readouterr().out
+    assert (folder / "conditioning.md").read_text().count("(one seed)") == 5
+    with Image.open(folder / "conditioning.png") as plot:
+        assert plot.width > 300
+    show(Workshop(tmp_path / "nothing", PICTURES, print), "mixing", plans.mixing, tiny, dry_run=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_what_another_process_trains_is_left_to_it(data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "studies"))
+    cell = plans.cell(TINY, "shared", "toy32", 0)
+    with locked(folder / f"{key(cell)}.lock"), locked(folder / f"{key(cell)}.lock", wait=False) as mine:
+        assert not mine
+        assert not Workshop(folder, PICTURES, print)._trained_here(cell)
+    (result,) = Workshop(folder, PICTURES, print).measure([cell])
+    assert result.images == 32
+    assert result.cpu_seconds > 0
+    assert [images for images, _ in result.curve] == [0, 16, 32]
+
+
+def test_a_cell_is_named_by_its_settings_and_not_by_its_places() -> None:
+    cell = plans.cell(TINY, "some", "toy32", 0)
+    assert key(cell) != key(replace(cell, config=replace(cell.config, seed=1)))
+    assert key(cell) != key(plans.cell(replace(TINY, images=64), "some", "toy32", 0))
+    assert key(cell) == key(plans.cell(TINY, "some", "toy32", 0, mixing="lu"))
