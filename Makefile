@@ -8,13 +8,16 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo stack test road lint nightly clean
+.PHONY: help demo studies stack test road lint nightly clean
 
 help: ## say what can be made
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
 
 demo: .venv/.for-use ## from toy faces to a champion and pictures: make demo [PRESET=toy32] [ARGS=--again]
 	@.venv/bin/python -m jobs demo $(PRESET) $(ARGS)
+
+studies: .venv/.for-use ## what a choice is worth, tables and plots in studies/: make studies [ARGS=mixing]
+	@.venv/bin/python -m jobs studies $(ARGS) >/dev/null & .venv/bin/python -m jobs studies $(ARGS) && wait
 
 stack: .venv/.for-stack ## S3, PostgreSQL, MLflow and Ray on this machine: make stack [ARGS=--fault-proxy]
 	@.venv/bin/python -m jobs stack up $(ARGS)

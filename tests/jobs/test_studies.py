@@ -13,18 +13,18 @@ from jobs.material import Pictures
 from jobs.studies import plans, show
 from jobs.studies.cells import Workshop, key, locked
 from jobs.studies.plans import Scale
+from tests.jobs.runs import dataset
 
-PICTURES = {name: Pictures("faces", 16, 48) for name in ("photos32", "toy32")}
-TINY = Scale(images=32, seeds=2, levels=1, steps=1, width=8, judged=8, init_images=32)
+PICTURES = {name: Pictures("faces", 16, 160) for name in ("photos32", "toy32")}
+TINY = Scale(images=32, seeds=1, levels=1, steps=1, width=8, judged=8, init_images=32)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workshop's folder with its datasets and nothing else."""
     folder = tmp_path_factory.mktemp("workshop")
-    workshop = Workshop(folder, PICTURES, print)
     for name in PICTURES:
-        workshop.manifest(name)
+        shutil.copytree(dataset(), folder / "data" / name)
     return folder
 
 
@@ -47,7 +47,7 @@ def test_a_study_that_is_stopped_goes_on_and_comes_to_the_same_table(data: Path,
     assert len(kept) == 3
     broken = plans.mixing(Workshop(folder, PICTURES, say).measure, TINY)
     assert {path: path.read_bytes() for path in kept} == kept
-    assert len(lines) == 2 * 24
+    assert len(lines) == 2 * 12
     whole = plans.mixing(Workshop(Path(shutil.copytree(data, tmp_path / "whole")), PICTURES, print).measure, TINY)
     assert broken.markdown() == whole.markdown()
     assert "not yet run" not in whole.markdown()
@@ -57,17 +57,16 @@ def test_a_dry_run_trains_nothing_and_shows_what_is_there(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(shutil.copytree(data, tmp_path / "studies"))
-    tiny = replace(TINY, seeds=1)
     workshop = Workshop(folder, PICTURES, print)
-    show(workshop, "conditioning", plans.conditioning, tiny, dry_run=True)
+    show(workshop, "conditioning", plans.conditioning, TINY, dry_run=True)
     assert "0 of 5 trainings are there" in capsys.readouterr().out
-    show(workshop, "conditioning", plans.conditioning, tiny, dry_run=False)
-    show(workshop, "conditioning", plans.conditioning, tiny, dry_run=True)
+    show(workshop, "conditioning", plans.conditioning, TINY, dry_run=False)
+    show(workshop, "conditioning", plans.conditioning, TINY, dry_run=True)
     assert "5 of 5 trainings are there" in capsys.readouterr().out
     assert (folder / "conditioning.md").read_text().count("(one seed)") == 5
     with Image.open(folder / "conditioning.png") as plot:
         assert plot.width > 300
-    show(Workshop(tmp_path / "nothing", PICTURES, print), "mixing", plans.mixing, tiny, dry_run=True)
+    show(Workshop(tmp_path / "nothing", PICTURES, print), "mixing", plans.mixing, TINY, dry_run=True)
     assert not (tmp_path / "nothing").exists()
 
 
