@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
+from pipeline.storage import open_storage
 
 if TYPE_CHECKING:
     from pipeline.manifest import Manifest
-    from pipeline.prepare import Plan
+    from pipeline.prepare import Options, Plan
     from pipeline.sources import Source
+    from pipeline.storage import Storage
+
+Kind = Literal["auto", "folder", "celebamask-hq", "celeba", "celeba-tfr", "parquet", "cifar10", "npz", "webdataset"]
 
 Folder = Annotated[str, tyro.conf.arg(metavar="SOURCE")]
 Dest = Annotated[str, tyro.conf.arg(metavar="DEST")]
@@ -61,14 +65,16 @@ def toy(dest: Dest, /, images: int = 2000, size: int = 64, seed: int = 0, worker
 
 def prepare(
     source: Folder,
-    dest: Dest,
+    dest: Annotated[str, tyro.conf.arg(metavar="DEST")] = "",
     /,
-    kind: Annotated[Literal["auto", "folder", "celebamask-hq"], tyro.conf.arg(name="format")] = "auto",
+    kind: Annotated[Kind, tyro.conf.arg(name="format")] = "auto",
+    in_place: bool = False,
     size: int = 0,
     split: str = "auto",
     seed: int = 0,
     max_images: int = 0,
     samples_per_shard: int = 0,
+    encoding: Literal["png", "raw"] = "png",
     licence: Annotated[str, tyro.conf.arg(name="license")] = "",
     convert: bool = False,
     workers: int = 0,
@@ -78,27 +84,31 @@ def prepare(
     """Pack pictures into verified WebDataset shards with a manifest. The same command again goes on where it stopped.
 
     Args:
-        source: Folder of images (class folders; train/ and val/ folders; a table of attributes), or CelebAMask-HQ.
+        source: Folder of images, CelebAMask-HQ, CelebA, TFRecords, parquet, CIFAR-10, npz batches, or a WebDataset.
         dest: Folder or s3://bucket/prefix to write.
         kind: What the source is; auto looks.
+        in_place: SOURCE is a folder or s3://bucket/prefix of WebDataset shards; write a manifest beside them, no DEST.
         size: Crop to a square and resize to this many pixels; 0 takes images as they are.
-        split: auto (the source's own, else glow-like), glow-like (a tenth to val), random:SEED:FRACTION, or a CSV file.
+        split: auto (the source's own, else glow-like), glow-like (a tenth to val), celeba, random:SEED:FRACTION, a CSV.
         seed: Of the order of samples.
         max_images: Take only so many, chosen by hash; 0 takes all.
         samples_per_shard: 0 takes 512.
+        encoding: png, or raw values: larger, and no work to decode.
         licence: Licence of the pictures; empty takes the source's LICENSE file, or what its kind is known for.
         convert: Accept alpha, CMYK, 16 bits and grey among colour, and convert them.
         workers: Processes; 0 takes one a core.
         restart: Drop an unfinished build that had other options.
         dry_run: Look at every file, say what would be written, write nothing.
     """
-    from pipeline.prepare import BUILDING, Options, build, built_already, make_plan
+    from pipeline.prepare import Options
     from pipeline.sources import open_source
-    from pipeline.storage import open_storage
 
-    start, storage = time.perf_counter(), open_storage(dest)
-    found = open_source(source, kind)
-    found = replace(found, license=licence) if licence else found
+    if in_place:
+        if dest or size or max_images or samples_per_shard or convert or restart or encoding != "png":
+            raise UsageError("--in-place changes no shard", cure="it takes --split, --seed, --license, --workers")
+        return _adopt(source, split, seed, licence, workers or cores(), dry_run)
+    if not dest:
+        raise UsageError("no DEST", cure="python -m jobs data prepare SOURCE DEST")
     options = Options(
         size=size,
         split=split,
@@ -106,9 +116,20 @@ def prepare(
         max_images=max_images,
         samples_per_shard=samples_per_shard,
         convert=convert,
+        encoding=encoding,
     )
-    with progress("look", min(max_images or len(found.items), len(found.items))) as report:
-        plan = make_plan(found, options, workers or cores(), report)
+    with tempfile.TemporaryDirectory(prefix="glow-prepare-") as scratch:
+        found = open_source(source, kind, Path(scratch)).licensed(licence)
+        return _pack(found, options, open_storage(dest), workers or cores(), restart=restart, dry_run=dry_run)
+
+
+def _pack(found: Source, options: Options, storage: Storage, workers: int, *, restart: bool, dry_run: bool) -> int:
+    """Plan, say what is planned, and build."""
+    from pipeline.prepare import BUILDING, build, built_already, make_plan
+
+    start = time.perf_counter()
+    with progress("look", min(options.max_images or len(found.items), len(found.items))) as report:
+        plan = make_plan(found, options, workers, report)
     _print_plan(found, plan)
     manifest = built_already(plan, storage)
     if manifest is not None:
@@ -120,9 +141,30 @@ def prepare(
         print(f"dry run: nothing written to {storage.url}")
         return 0
     with progress("pack", plan.images) as report:
-        manifest = build(plan, storage, workers=workers or cores(), restart=restart, report=report)
+        manifest = build(plan, storage, workers=workers, restart=restart, report=report)
     seconds = time.perf_counter() - start
     print(f"{storage.url}: {plan.images} images in {seconds:.1f} s, digest {manifest.digest}")
+    return 0
+
+
+def _adopt(where: str, split: str, seed: int, licence: str, workers: int, dry_run: bool) -> int:
+    """Write a manifest for shards of others, or say what it would say."""
+    from pipeline.in_place import survey
+    from pipeline.manifest import write_manifest
+
+    start, storage = time.perf_counter(), open_storage(where)
+    with progress("read", 0) as report:
+        root, splits = survey(storage, split, seed, licence, workers, report)
+    for name, (_, shards) in splits.items():
+        print(f"  {name}: {sum(shard.samples for shard in shards)} images in {len(shards)} shards")
+    form = (
+        f"{root.size}x{root.size}, {root.image.encoding}, {len(root.attributes)} attributes, {len(root.labels)} classes"
+    )
+    if dry_run:
+        print(f"dry run: {form}; nothing written to {storage.url}")
+        return 0
+    manifest = write_manifest(storage, root, splits)
+    print(f"{storage.url}: {form}, read in {time.perf_counter() - start:.1f} s, digest {manifest.digest}")
     return 0
 
 
@@ -172,7 +214,6 @@ def show(prefix: Prefix, /, split: str = "train", sheet: str = "", images: int =
 
 def _open(prefix: str) -> Manifest:
     from pipeline.manifest import open_manifest
-    from pipeline.storage import open_storage
 
     return open_manifest(open_storage(prefix))
 
@@ -189,8 +230,6 @@ def _print_plan(source: Source, plan: Plan) -> None:
 
 
 def _draw_sheet(manifest: Manifest, split: str, images: int, path: Path) -> None:
-    import tempfile
-
     from pipeline.card import contact_sheet
     from pipeline.shards import decode, open_shard
 
@@ -201,9 +240,9 @@ def _draw_sheet(manifest: Manifest, split: str, images: int, path: Path) -> None
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder, "shard.tar")
             manifest.storage.download(shard.file, local)
-            with open_shard(local, shard.samples, manifest.storage.where(shard.file)) as index:
-                rows = range(min(len(index), images - len(pixels)))
-                pixels += [decode(index.read(row)[0], manifest.size, manifest.channels) for row in rows]
+            with open_shard(local, shard.samples, manifest.storage.where(shard.file), manifest.foreign) as index:
+                rows, form = range(min(len(index), images - len(pixels))), manifest.image.encoding
+                pixels += [decode(index.read(row)[0], manifest.size, manifest.channels, form) for row in rows]
     contact_sheet(manifest, manifest.splits[split].counts, pixels).save(path, format="PNG")
 
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.manifest import Shard
-from pipeline.shards import ShardIndex, open_shard
-from pipeline.storage import Storage, sha256_file
+from pipeline.manifest import Shard, refuse_changed
+from pipeline.shards import Foreign, ShardIndex, open_shard
+from pipeline.storage import Storage
 
 OPENINGS = 3
 """Tries to open a shard that another process may evict between its check and its opening."""
@@ -40,8 +40,8 @@ class ShardCache:
     never evicted by it; then goes what it used longest ago, last the files it does not know.
     """
 
-    def __init__(self, storage: Storage, folder: Path, limit: int) -> None:
-        self._storage, self._folder, self._limit = storage, folder, limit
+    def __init__(self, storage: Storage, folder: Path, limit: int, foreign: Foreign | None = None) -> None:
+        self._storage, self._folder, self._limit, self._foreign = storage, folder, limit, foreign
         self._lock = threading.Lock()
         self._held: Counter[str] = Counter()
         self._used: OrderedDict[str, None] = OrderedDict()
@@ -65,7 +65,8 @@ class ShardCache:
         try:
             for _ in range(OPENINGS):
                 with suppress(FileNotFoundError):
-                    return open_shard(self._ensured(shard), shard.samples, name=self._storage.where(shard.file))
+                    where = self._storage.where(shard.file)
+                    return open_shard(self._ensured(shard), shard.samples, where, self._foreign)
             cure = "raise data.cache_gb, or give every process a folder of its own"
             raise ConfigError("other processes evict shards as fast as they come", where=str(self._folder), cure=cure)
         except BaseException:
@@ -82,18 +83,17 @@ class ShardCache:
     def _ensured(self, shard: Shard) -> Path:
         path = self._folder / shard.sha256
         if path.exists():
-            fault = None if shard.sha256 in self._verified else _fault(path, shard)
-            if fault is None:
+            try:
+                if shard.sha256 not in self._verified:
+                    refuse_changed(path, shard, str(path))
                 self._verified.add(shard.sha256)
                 return path
-            log.warning("%s: cached copy of %s is damaged (%s), fetching it again", path, shard.file, fault)
-            path.unlink(missing_ok=True)
+            except DataError as error:
+                log.warning("%s: cached copy of %s is damaged (%s), fetching it again", path, shard.file, error.what)
+                path.unlink(missing_ok=True)
         with self._room(shard), _temporary(self._folder) as temporary:
             self._storage.download(shard.file, temporary)
-            fault = _fault(temporary, shard)
-            if fault is not None:
-                cure = "restore the shard, or prepare the dataset again: a changed shard needs a new manifest"
-                raise DataError(fault, where=self._storage.where(shard.file), cure=cure)
+            refuse_changed(temporary, shard, self._storage.where(shard.file))
             temporary.replace(path)
         self._verified.add(shard.sha256)
         return path
@@ -203,15 +203,6 @@ def allow_open_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
     elif soft < needed:
         raise ConfigError(f"{count} shards are read at a time, {hard} files may be open", cure="raise ulimit -n")
-
-
-def _fault(path: Path, shard: Shard) -> str | None:
-    """What is wrong with a file, or None; FileNotFoundError where it is gone."""
-    found = path.stat().st_size
-    if found != shard.bytes:
-        return f"{found} bytes, expected {shard.bytes}"
-    digest = sha256_file(path)
-    return None if digest == shard.sha256 else f"sha256 {digest[:12]}, expected {shard.sha256[:12]}"
 
 
 def _listed(folder: Path) -> dict[str, int]:

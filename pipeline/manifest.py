@@ -14,17 +14,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.card import card
 from pipeline.errors import ConflictError, DataError, UsageError
-from pipeline.storage import MissingError, Storage, canonical_json, checked_key, sha256_hex
+from pipeline.shards import Foreign
+from pipeline.storage import MissingError, Storage, canonical_json, checked_key, sha256_file, sha256_hex
 
 ROOT = "manifest.json"
 SCHEMA = 1
 PART_SHARDS = 10_000
 WINDOW = 4
+IN_PLACE = "webdataset in place"
+"""The kind of origin of shards that others wrote and nobody touched."""
 
 STRICT = {"extra": "forbid"}
 
@@ -147,6 +151,11 @@ class Root:
         return self.image.lossless
 
     @property
+    def foreign(self) -> Foreign | None:
+        """How to read the shards, where others wrote them."""
+        return Foreign(attributes=self.attributes, labels=self.labels) if self.origin.kind == IN_PLACE else None
+
+    @property
     def editable(self) -> tuple[str, ...]:
         """Attributes that vary over the training split (over any, where there is none): the others teach nothing."""
         train = self.splits.get("train")
@@ -182,6 +191,19 @@ class Manifest(Root):
 CURE = "prepare the dataset again, or copy the prefix whole"
 
 
+def refuse_changed(path: Path, shard: Shard, where: str) -> None:
+    """DataError where a local copy of a shard does not have the manifest's length and digest."""
+    found = path.stat().st_size
+    if found != shard.bytes:
+        raise DataError(f"{found} bytes, expected {shard.bytes}", where=where, cure=RESTORE)
+    digest = sha256_file(path)
+    if digest != shard.sha256:
+        raise DataError(f"sha256 {digest[:12]}, expected {shard.sha256[:12]}", where=where, cure=RESTORE)
+
+
+RESTORE = "restore the shard, or prepare the dataset again: a changed shard needs a new manifest"
+
+
 def open_manifest(storage: Storage) -> Manifest:
     """Read and check the root of a dataset prefix. Parts are read by `Manifest.split`."""
     try:
@@ -212,7 +234,8 @@ def write_manifest(storage: Storage, root: Root, splits: Mapping[str, tuple[Coun
     if not same_root(storage, data):
         for part, lines in parts:
             storage.write(part.file, lines)
-        storage.write("README.md", card(whole).encode())
+        if not storage.exists("README.md"):  # beside shards of others it may be theirs
+            storage.write("README.md", card(whole).encode())
         _create_root(storage, data)
     return _opened(whole, sha256_hex(data), storage)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import PIL
@@ -29,9 +29,9 @@ from pipeline.manifest import (
     write_manifest,
 )
 from pipeline.pictures import Header, Target, common_form, inspect, load
-from pipeline.shards import Record, encode_png, pack
+from pipeline.shards import ENCODERS, Record, pack
 from pipeline.sources import Item, Source
-from pipeline.splits import assign, subset
+from pipeline.splits import assign, named_rule, subset
 from pipeline.storage import MissingError, Storage, canonical_json, sha256_hex
 from pipeline.verify import problems
 from pipeline.workers import ordered_map
@@ -60,6 +60,7 @@ class Options:
     max_images: int = 0
     samples_per_shard: int = 0
     convert: bool = False
+    encoding: str = "png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ class ShardTask:
     pictures: tuple[Picture, ...]
     target: Target
     labels: tuple[str, ...]
+    encoding: str
 
 
 def make_plan(source: Source, options: Options, workers: int, report: Report) -> Plan:
@@ -105,14 +107,14 @@ def make_plan(source: Source, options: Options, workers: int, report: Report) ->
     for header in ordered_map(_scan, items, workers):
         headers.append(header)
         report(1)
-    files = {str(item.file): header for item, header in zip(items, headers, strict=True)}
-    image = common_form(files, options.size, convert=options.convert)
+    files = {item.where: header for item, header in zip(items, headers, strict=True)}
+    image = replace(common_form(files, options.size, convert=options.convert), encoding=options.encoding)
     digests = {item.source: header.sha256 for item, header in zip(items, headers, strict=True)}
     splits = {
         name: tuple((item, digests[item.source]) for item in chosen)
         for name, chosen in assign(items, options.split, options.seed).items()
     }
-    origin = Origin(kind=source.kind, inputs="", split=_split_name(items, options.split), seed=options.seed)
+    origin = Origin(kind=source.kind, inputs="", split=named_rule(items, options.split), seed=options.seed)
     root = Root(
         image=image,
         attributes=source.attributes,
@@ -163,7 +165,7 @@ def pack_shard(task: ShardTask) -> Shard:
     kept = _kept(task, note)
     if kept is not None:
         return kept
-    data = pack(_records(task))
+    data = pack(_records(task), task.encoding)
     shard = Shard(file=task.name, bytes=len(data), sha256=sha256_hex(data), samples=len(task.pictures))
     task.storage.write(task.name, data)
     task.storage.write(note, canonical_json({"claim": task.claim, **asdict(shard)}))
@@ -189,15 +191,7 @@ def tool() -> Tool:
 
 
 def _scan(item: Item) -> Header:
-    return inspect(item.file.read_bytes(), str(item.file))
-
-
-def _split_name(items: Sequence[Item], split: str) -> str:
-    if any(item.split for item in items):
-        return "folders"
-    if split in ("auto", "glow-like"):
-        return "glow-like"
-    return split if split.startswith("random:") else "file"
+    return inspect(item.read(), item.where)
 
 
 def _inputs(root: Root, splits: Mapping[str, tuple[Picture, ...]], samples: int, options: Options) -> str:
@@ -251,17 +245,18 @@ def _tasks(plan: Plan, storage: Storage) -> Iterator[ShardTask]:
                 pictures=pictures,
                 target=Target(size=plan.root.size, channels=plan.root.channels),
                 labels=plan.root.labels,
+                encoding=plan.root.image.encoding,
             )
 
 
 def _records(task: ShardTask) -> Iterator[Record]:
     for number, (item, digest) in enumerate(task.pictures, start=task.first):
-        data = item.file.read_bytes()
+        data = item.read()
         if sha256_hex(data) != digest:
-            raise DataError("changed while it was being prepared", where=str(item.file), cure="prepare again")
+            raise DataError("changed while it was being prepared", where=item.where, cure="prepare again")
         yield Record(
             key=f"{number:08d}",
-            image=encode_png(load(data, task.target, str(item.file))),
+            image=ENCODERS[task.encoding](load(data, task.target, item.where)),
             attributes=item.attributes,
             label=None if item.label is None else task.labels.index(item.label),
             source=item.source,

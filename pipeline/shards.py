@@ -4,7 +4,7 @@ A shard is an uncompressed USTAR archive (`webdataset.TarWriter`, mtime 0, uid a
 sample:
 
     00000123.json    canonical JSON {"attributes": [-1|0|1 ...], "label": int|null, "source": ..., "source_sha256": ...}
-    00000123.png     8-bit PNG, grey or RGB, written with fixed settings
+    00000123.png     8-bit PNG, grey or RGB, written with fixed settings; or 00000123.raw: uint8 [c, h, w]
 
 The key is the sample's number in its split, eight digits. The archive ends in zero blocks up to a multiple of 10240
 bytes. The same records give the same bytes under the same Pillow, zlib and webdataset. Tar readers, webdataset's
@@ -17,7 +17,6 @@ import contextlib
 import io
 import json
 import os
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
+from pipeline import tar
 from pipeline.errors import DataError
 from pipeline.storage import canonical_json
 
@@ -33,9 +33,45 @@ PNG_SETTINGS: dict[str, Any] = {"format": "PNG", "compress_level": 6, "compress_
 """The run-length strategy of zlib: two to three times as fast as its default, within 2 % of the size on photographs."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp")
+IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "raw")
 META_FIELDS = {"attributes", "label", "source", "source_sha256"}
-CURE = "fetch the shard again, or prepare the dataset again; `data verify` names every damaged shard"
+RAW = "raw"
+CURE = tar.CURE
+
+
+Ints = np.ndarray[Any, np.dtype[np.int64]]
+Place = tuple[int, int]
+"""(offset, length) of a member's bytes."""
+Fields = dict[str, Place]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Foreign:
+    """How to read samples that others wrote: JSON fields that are attributes, and the words for the classes."""
+
+    attributes: tuple[str, ...]
+    labels: tuple[str, ...]
+
+    def describe(self, meta: bytes, label: bytes) -> dict[str, Any]:
+        """Attributes and label as our own metadata has them. true and 1 are present, null is unknown, else absent."""
+        row, word = foreign_row(meta, label)
+        if any(row.get(name, "") not in (True, False, None, -1) for name in self.attributes):
+            raise ValueError("an attribute is not true, false, 1, 0, -1 or null")
+        signs = [0 if row.get(name) is None else 1 if row[name] == 1 else -1 for name in self.attributes]
+        return {"attributes": signs, "label": self.labels.index(word) if word in self.labels else None}
+
+
+def foreign_row(meta: bytes, label: bytes) -> tuple[dict[str, Any], str]:
+    """The JSON of a foreign sample and the word for its class: from its .cls, else the JSON's `label`, else nothing."""
+    try:
+        row = json.loads(meta) if meta else {}
+        word = label.decode().strip()
+    except ValueError as error:
+        raise ValueError("the metadata is not JSON, or the class not text") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"the metadata is {type(row).__name__}, not an object")
+    named = row.get("label")
+    return row, word or (str(named) if isinstance(named, (int, str)) else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +93,16 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def pack(records: Iterable[Record]) -> bytes:
+def encode_raw(pixels: np.ndarray) -> bytes:
+    """The values themselves, [c, h, w]."""
+    return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)).tobytes()
+
+
+ENCODERS = {"png": encode_png, RAW: encode_raw}
+"""Lossless forms in which we write images, by the name of the field."""
+
+
+def pack(records: Iterable[Record], encoding: str = "png") -> bytes:
     """Pack records into the bytes of one shard, in order. Every key without dots and once, or `DataError`."""
     from webdataset.writer import TarWriter
 
@@ -68,26 +113,21 @@ def pack(records: Iterable[Record]) -> bytes:
                 raise DataError(f"duplicate or dotted key {record.key!r}", where=record.source)
             seen.add(record.key)
             meta = {name: getattr(record, name) for name in META_FIELDS}
-            writer.write({"__key__": record.key, "png": record.image, "json": canonical_json(meta)})
+            writer.write({"__key__": record.key, encoding: record.image, "json": canonical_json(meta)})
     return buffer.getvalue()
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Where the two members of a sample lie in the archive: (offset, length) each."""
-
-    image: tuple[int, int]
-    meta: tuple[int, int]
-
-
 class ShardIndex:
-    """An open shard: samples by row. Reads are positional, so threads may share it; the file may be unlinked."""
+    """An open shard: samples by row. Reads are positional, so threads may share it; the file may be unlinked.
 
-    def __init__(self, file: BinaryIO, name: str, samples: list[Sample]) -> None:
-        self.name, self.samples, self._file = name, samples, file
+    `places` [samples, fields, 2] holds offset and length of each field: 32 bytes a sample, 48 of foreign shards.
+    """
+
+    def __init__(self, file: BinaryIO, name: str, places: Ints, foreign: Foreign | None) -> None:
+        self.name, self.places, self._file, self._foreign = name, places, file, foreign
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.places)
 
     def __enter__(self) -> ShardIndex:
         return self
@@ -97,9 +137,12 @@ class ShardIndex:
 
     def read(self, row: int) -> tuple[bytes, dict[str, Any]]:
         """Return the image file and the metadata of a row; `DataError` where the metadata is not what we write."""
-        sample = self.samples[row]
-        meta = self._meta(self._bytes(*sample.meta), row)
-        return self._bytes(*sample.image), meta
+        image, meta, *label = (self._bytes(*place) for place in self.places[row].tolist())
+        try:
+            described = _meta(meta) if self._foreign is None else self._foreign.describe(meta, label[0])
+        except ValueError as error:
+            raise DataError(f"row {row}: {error}", where=self.name, cure=CURE) from error
+        return image, described
 
     def close(self) -> None:
         """Let the file go."""
@@ -111,34 +154,30 @@ class ShardIndex:
             raise DataError(f"{len(data)} bytes at {offset}, expected {length}", where=self.name, cure=CURE)
         return data
 
-    def _meta(self, data: bytes, row: int) -> dict[str, Any]:
-        try:
-            meta = json.loads(data)
-        except ValueError as error:
-            raise DataError(f"row {row}: the metadata is not JSON", where=self.name, cure=CURE) from error
-        if not isinstance(meta, dict) or set(meta) != META_FIELDS:
-            found = sorted(meta) if isinstance(meta, dict) else type(meta).__name__
-            raise DataError(f"row {row}: metadata {found}, not {sorted(META_FIELDS)}", where=self.name, cure=CURE)
-        return meta
 
-
-def open_shard(path: Path, expected_samples: int, name: str = "") -> ShardIndex:
+def open_shard(path: Path, expected_samples: int, name: str = "", foreign: Foreign | None = None) -> ShardIndex:
     """Open a shard and check its whole structure: every header, field and key, the padding, and the sample count.
 
-    `name` stands for the path in messages. Payload bytes are proven by the manifest's sha256, not here.
+    `name` stands for the path in messages; `foreign` says how to read what others wrote. Payload bytes are proven by
+    the manifest's sha256, not here.
     """
     name = name or path.name
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb"))
-        samples = [_sample(key, fields, name) for key, fields in _grouped(_members(file, name), name)]
-        if len(samples) != expected_samples:
-            raise DataError(f"{len(samples)} samples, expected {expected_samples}", where=name, cure=CURE)
+        place = _own if foreign is None else place_foreign
+        found = [place(key, fields, name) for key, fields in grouped(file, name, foreign=foreign is not None)]
+        if len(found) != expected_samples:
+            raise DataError(f"{len(found)} samples, expected {expected_samples}", where=name, cure=CURE)
         stack.pop_all()
-    return ShardIndex(file, name, samples)
+    return ShardIndex(file, name, np.array(found, dtype=np.int64).reshape(len(found), -1, 2), foreign)
 
 
-def decode(data: bytes, size: int, channels: int) -> np.ndarray:
-    """Decode an image file to uint8 [channels, size, size]; its header is checked before a pixel is decoded."""
+def decode(data: bytes, size: int, channels: int, encoding: str = "png") -> np.ndarray:
+    """Decode an image to uint8 [channels, size, size]; its length, or its header, is checked before a pixel is."""
+    if encoding == RAW:
+        if len(data) != channels * size * size:
+            raise DataError(f"image is {len(data)} bytes, expected {channels * size * size}", cure=CURE)
+        return np.frombuffer(data, np.uint8).reshape(channels, size, size)
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             mode = {1: "L", 3: "RGB"}[channels]
@@ -151,39 +190,45 @@ def decode(data: bytes, size: int, channels: int) -> np.ndarray:
     return np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
 
 
-def _members(file: BinaryIO, name: str) -> list[tarfile.TarInfo]:
-    """Every member of the archive; `tarfile` takes a bad header for the end, so what follows must be all zero."""
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            members = archive.getmembers()
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise DataError(f"not a tar archive ({type(error).__name__})", where=name, cure=CURE) from error
-    last = members[-1] if members else None
-    end = last.offset_data + -(-last.size // 512) * 512 if last else 0
-    file.seek(end)
-    rest = file.read()
-    if len(rest) < 1024 or rest.count(0) != len(rest) or (end + len(rest)) % tarfile.RECORDSIZE:
-        raise DataError(f"cut or damaged after {len(members)} members, at byte {end}", where=name, cure=CURE)
-    return members
-
-
-def _grouped(members: list[tarfile.TarInfo], name: str) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+def grouped(file: BinaryIO, name: str, *, foreign: bool) -> Iterator[tuple[str, Fields]]:
     """Collect neighbouring members of one key; a key that comes back, or comes twice with one field, is refused."""
-    seen: dict[str, dict[str, tarfile.TarInfo]] = {}
+    seen: dict[str, Fields] = {}
     last = None
-    for member in members:
-        key, _, suffix = member.name.partition(".")
-        if not member.isreg() or (key in seen and key != last) or suffix in seen.get(key, {}):
+    for member in tar.members(file, name, foreign=foreign):
+        folder, slash, base = member.name.rpartition("/")
+        stem, _, suffix = base.partition(".")
+        key = folder + slash + stem
+        if (key in seen and key != last) or suffix in seen.get(key, {}):
             raise DataError(f"duplicate key or odd member {member.name!r}", where=name, cure=CURE)
-        seen.setdefault(key, {})[suffix] = member
+        seen.setdefault(key, {})[suffix] = (member.offset, member.size)
         last = key
     yield from seen.items()
 
 
-def _sample(key: str, fields: dict[str, tarfile.TarInfo], name: str) -> Sample:
+def _own(key: str, fields: Fields, name: str) -> list[Place]:
+    """(offset, length) of image and metadata."""
     images = [suffix for suffix in fields if suffix in IMAGE_FIELDS]
     if len(images) != 1 or set(fields) != {*images, "json"}:
         found = f"sample {key!r} has {sorted(fields)}, expected 'json' and one image"
         raise DataError(f"{found} (a key must not hold dots)", where=name, cure=CURE)
-    image, meta = fields[images[0]], fields["json"]
-    return Sample((image.offset_data, image.size), (meta.offset_data, meta.size))
+    return [fields[images[0]], fields["json"]]
+
+
+def place_foreign(key: str, fields: Fields, name: str) -> list[Place]:
+    """(offset, length) of image, JSON and class, zeros for what is not there."""
+    images = [suffix for suffix in fields if suffix.lower() in IMAGE_FIELDS]
+    if len(images) != 1:
+        what = f"sample {key!r} has {sorted(fields)}, expected one image ({', '.join(IMAGE_FIELDS)})"
+        raise DataError(what, where=name, cure="keep one image a sample, or pack the images anew with data prepare")
+    return [fields[images[0]], fields.get("json", (0, 0)), fields.get("cls", (0, 0))]
+
+
+def _meta(data: bytes) -> dict[str, Any]:
+    try:
+        meta = json.loads(data)
+    except ValueError as error:
+        raise ValueError("the metadata is not JSON") from error
+    if not isinstance(meta, dict) or set(meta) != META_FIELDS:
+        found = sorted(meta) if isinstance(meta, dict) else type(meta).__name__
+        raise ValueError(f"metadata {found}, not {sorted(META_FIELDS)}")
+    return meta

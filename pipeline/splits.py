@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipeline.errors import DataError, UsageError
 from pipeline.sources import Item
 
-CURE = "splits: auto, glow-like, random:SEED:FRACTION (of the images to val), or a CSV file image,split"
+CURE = "splits: auto, glow-like, celeba, random:SEED:FRACTION (of the images to val), or a CSV file image,split"
 
 
 def subset(items: Iterable[Item], limit: int, seed: int) -> tuple[Item, ...]:
@@ -22,13 +22,11 @@ def subset(items: Iterable[Item], limit: int, seed: int) -> tuple[Item, ...]:
 def assign(items: Iterable[Item], split: str, seed: int) -> dict[str, list[Item]]:
     """Cut items into named splits, each in shard order: that of sha256(seed, source path).
 
-    `auto` keeps the splits a source brings, else is `glow-like`: a tenth to val (27 000 / 3 000 of CelebA-HQ). A split
-    without images is refused.
+    `auto` keeps the splits a source brings, else is `glow-like`: a tenth to val (27 000 / 3 000 of CelebA-HQ); `celeba`
+    is CelebA's own partition. A split without images is refused.
     """
     items = list(items)
-    if any(item.split for item in items):
-        if split != "auto":
-            raise UsageError(f"the source brings its own splits, not {split}", cure="leave --split out")
+    if named_rule(items, split) == "source":
         named = {item.source: item.split for item in items}
     else:
         named = _named(items, split)
@@ -40,11 +38,24 @@ def assign(items: Iterable[Item], split: str, seed: int) -> dict[str, list[Item]
     return dict(sorted(splits.items()))
 
 
+def named_rule(items: Sequence[Item], split: str) -> str:
+    """The rule that `split` stands for: source (its own), glow-like, celeba, random:SEED:FRACTION or file."""
+    if any(item.split for item in items) and split != "celeba":
+        if split != "auto":
+            raise UsageError(f"the source brings its own splits, not {split}", cure="leave --split out")
+        return "source"
+    if split in ("auto", "glow-like"):
+        return "glow-like"
+    return split if split == "celeba" or split.startswith("random:") else "file"
+
+
 def _named(items: list[Item], split: str) -> dict[str, str]:
     """Name the split of every source path."""
     kind, _, rest = split.partition(":")
     if split in ("auto", "glow-like"):
         return _share(items, "glow-like", 0.1)
+    if kind == "celeba":
+        return _celeba(items)
     if kind == "random":
         seed, _, fraction = rest.partition(":")
         try:
@@ -63,6 +74,15 @@ def _share(items: list[Item], salt: str, fraction: float) -> dict[str, str]:
     validation = round(len(items) * fraction)
     ranked = sorted(items, key=_hashed(salt))
     return {item.source: "val" if rank < validation else "train" for rank, item in enumerate(ranked)}
+
+
+def _celeba(items: list[Item]) -> dict[str, str]:
+    """CelebA's own partition: train, val, test."""
+    lost = [item.source for item in items if not item.partition]
+    if lost:
+        what = f"CelebA's partition of {len(lost)} images is not known, e.g. {lost[0]}"
+        raise DataError(what, cure="it comes with CelebA-HQ-to-CelebA-mapping.txt or list_eval_partition.txt")
+    return {item.source: item.partition for item in items}
 
 
 def _listed(items: list[Item], path: Path) -> dict[str, str]:

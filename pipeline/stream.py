@@ -91,7 +91,7 @@ class Stream:
             raise ValueError(f"an order of {order.size} samples for a split of {split.samples}")
         self._manifest, self._split, self._order = manifest, split, order
         self._storage, self._limit, self._pin = storage, cache_bytes, torch.cuda.is_available()
-        self._shards = OpenShards(ShardCache(storage, cache, cache_bytes), split.shards, order.window)
+        self._shards = OpenShards(ShardCache(storage, cache, cache_bytes, manifest.foreign), split.shards, order.window)
         self._threads = threads or min(4, len(os.sched_getaffinity(0)))
         self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="stream-decode")
 
@@ -213,11 +213,12 @@ class Stream:
 
     def _decode(self, plan: _Plan, indices: dict[int, Future[ShardIndex]], batch: Batch, begin: int, end: int) -> None:
         pixels, labels, attributes = batch.pixels.numpy(), batch.labels.numpy(), batch.attributes.numpy()
+        form = self._manifest.image
         for place in range(begin, end):
             shard, row = int(plan.shards[place]), int(plan.rows[place])
             data, meta = indices[shard].result().read(row)
             try:
-                pixels[place] = decode(data, self._manifest.size, self._manifest.channels)
+                pixels[place] = decode(data, form.size, form.channels, form.encoding)
                 labels[place], attributes[place] = self._described(meta)
             except DataError as error:
                 where = f"{self._storage.where(self._split.shards[shard].file)} row {row}"

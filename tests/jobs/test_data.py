@@ -17,12 +17,13 @@ import pytest
 from PIL import Image
 
 from jobs.data import main
-from pipeline.errors import ConflictError, DataError, PipelineError
+from pipeline.errors import ConflictError, DataError, PipelineError, UsageError
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.shards import decode, open_shard
 from pipeline.storage import Storage, open_storage, sha256_file
 from pipeline.toy import toy_image, write_toy
 from pipeline.workers import ordered_map
+from tests.pipeline.layouts import shard_writer
 
 COMMAND = [sys.executable, "-m", "jobs", "data"]
 
@@ -184,7 +185,7 @@ def test_verify_names_every_damaged_shard(faces: Path, tmp_path: Path, capsys: p
     with pytest.raises(DataError, match="3 problems"):
         main(["verify", str(tmp_path / "set"), "--deep", "--workers", "2"])
     said = capsys.readouterr().err
-    assert f"{flipped.name}: {flipped.stat().st_size} bytes with sha256" in said
+    assert f"{flipped.name}: sha256 {sha256_file(flipped)[:12]}, expected" in said
     assert f"{cut.name}: 10240 bytes, expected" in said
     assert f"{lost.name}: no such object" in said
     with pytest.raises(DataError):
@@ -291,6 +292,22 @@ def test_into_s3(faces: Path, tmp_path: Path, s3: str) -> None:
     assert prepared(faces, dest, "--samples-per-shard", "40").digest == local.digest
     with pytest.raises(ConflictError):
         prepared(faces, dest, "--seed", "1")
+
+
+def test_shards_of_others_get_a_manifest_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = shard_writer(tmp_path, 10)
+    shards = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["prepare", str(tmp_path), "--in-place", "--dry-run", "--workers", "1"]) == 0
+    assert not (tmp_path / "manifest.json").exists()
+    assert main(["prepare", str(tmp_path), "--in-place", "--workers", "1"]) == 0
+    assert main(["verify", str(tmp_path), "--deep", "--workers", "1"]) == 0
+    assert "32x32, png, 0 attributes, 10 classes" in capsys.readouterr().out
+    manifest = open_manifest(open_storage(str(tmp_path)))
+    assert sum(split.samples for split in manifest.splits.values()) == len(expected)
+    assert {path: path.read_bytes() for path in shards} == shards
+    for words in (["--in-place", "--size", "8"], [str(tmp_path / "x"), "--in-place"], []):
+        with pytest.raises(UsageError):
+            main(["prepare", str(tmp_path), *words])
 
 
 @pytest.mark.parametrize("command", ["toy", "prepare", "verify", "show"])

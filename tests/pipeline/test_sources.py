@@ -170,7 +170,9 @@ def test_what_is_no_folder_is_refused(where: str) -> None:
 def test_the_format_can_be_forced(tmp_path: Path) -> None:
     celeba(tmp_path)
     assert open_source(str(tmp_path), "folder").labels == ("CelebA-HQ-img",)
-    with pytest.raises(UsageError, match="formats: auto, celebamask-hq, folder"):
+    with pytest.raises(UsageError, match="formats: auto, celeba, celeba-tfr, celebamask-hq, cifar10, folder, npz"):
+        open_source(str(tmp_path), "nine")
+    with pytest.raises(DataError, match="this is no parquet; --format auto"):
         open_source(str(tmp_path), "parquet")
 
 
