@@ -12,7 +12,6 @@ judges samples and edits: does an image asked to smile smile?
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
