@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from glow import Glow, GlowConfig
 from pipeline.config import TrainConfig
-from pipeline.sampling import Condition, condition_of, sample
+from pipeline.sampling import Condition, Temperature, condition_of, sample
 
 BACKGROUND, INK, FAINT = (250, 250, 248), (28, 28, 30), (110, 110, 114)
 GAP = 4
@@ -25,11 +26,11 @@ class Column:
 
     title: str
     condition: Condition = (None, None)
-    temperature: float | None = None
+    temperature: Temperature | None = None
 
 
 def sample_grid(
-    model: Glow, bits: int, seeds: Sequence[int], columns: Sequence[Column], temperature: float, caption: str = ""
+    model: Glow, bits: int, seeds: Sequence[int], columns: Sequence[Column], temperature: Temperature, caption: str = ""
 ) -> Image.Image:
     """Draw samples: a row a seed, a column a condition (or a temperature)."""
     drawn = [
@@ -95,9 +96,31 @@ def grid(columns: Sequence[Tensor], titles: Sequence[str], rows: Sequence[str], 
     return canvas
 
 
-def _enlarged(image: Tensor, scale: int) -> Image.Image:
+def as_picture(image: Tensor) -> Image.Image:
+    """An image uint8 [c, h, w] as a picture, grey or in colour."""
     pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-    picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).convert("RGB")
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    """The picture as a PNG file."""
+    data = io.BytesIO()
+    picture.save(data, "PNG")
+    return data.getvalue()
+
+
+def gif_bytes(frames: Sequence[Image.Image], milliseconds: int = 120) -> bytes:
+    """An endless GIF there and back again, waiting a little at both ends."""
+    there = [frame.quantize(dither=Image.Dither.NONE) for frame in frames]
+    again = there + there[-2:0:-1]
+    pauses = [milliseconds * (5 if frame in (there[0], there[-1]) else 1) for frame in again]
+    data = io.BytesIO()
+    again[0].save(data, "GIF", save_all=True, append_images=again[1:], duration=pauses, loop=0, optimize=False)
+    return data.getvalue()
+
+
+def _enlarged(image: Tensor, scale: int) -> Image.Image:
+    picture = as_picture(image).convert("RGB")
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 

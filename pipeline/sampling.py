@@ -13,13 +13,16 @@ from torch import Tensor
 from glow import Glow, GlowConfig, latents_of_seeds, to_pixels
 from pipeline.errors import DataError, UsageError
 
+Temperature = float | Sequence[float]
+"""Of all levels, or one a level."""
+
 Condition = tuple[Tensor | None, Tensor | None]
 """(label int64 [b] or None, attributes int8 [b, A] or None)"""
 
 
 @torch.no_grad()
 def sample(
-    model: Glow, bits: int, seeds: Sequence[int], temperature: float = 0.7, condition: Condition = (None, None)
+    model: Glow, bits: int, seeds: Sequence[int], temperature: Temperature = 0.7, condition: Condition = (None, None)
 ) -> Tensor:
     """Images uint8 [n, c, h, w] of seeds at a temperature; a seed gives the same pixels in whatever company.
 

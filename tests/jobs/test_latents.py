@@ -1,14 +1,18 @@
-"""Sampling through the command: grids of seeds by attributes or temperatures."""
+"""The latents' commands: samples, edits, ways between pictures, sweeps, latents files and scores."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load
 
 from jobs import latents
 from pipeline.errors import UsageError
+from pipeline.storage import open_storage
 from tests.pipeline.models import write_tiny
 
 
@@ -53,6 +57,102 @@ def test_a_dry_run_draws_nothing_but_checks_everything(
     with pytest.raises(UsageError, match="classes here: 0 to 1"):
         latents.main(["sample", model, "--out", str(out), "--label", "7", "--dry-run"])
     assert not out.exists()
+
+
+def test_every_level_can_have_its_own_temperature(model: str, tmp_path: Path) -> None:
+    for name, heats in (("even", ["0.7", "0.7"]), ("odd", ["0.7", "0.1"])):
+        out = str(tmp_path / f"{name}.png")
+        assert latents.main(["sample", model, "--out", out, "--rows", "1", "--level-temperatures", *heats]) == 0
+    assert latents.main(["sample", model, "--out", str(tmp_path / "one.png"), "--rows", "1"]) == 0
+    assert (tmp_path / "even.png").read_bytes() == (tmp_path / "one.png").read_bytes()
+    assert (tmp_path / "even.png").read_bytes() != (tmp_path / "odd.png").read_bytes()
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    """A folder of three pictures of 8 px, each a colour."""
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("a", (200, 40, 40)), ("b", (40, 200, 40)), ("c", (40, 40, 200))):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / "pictures" / f"{name}.png")
+    return str(tmp_path / "pictures")
+
+
+def test_pictures_go_through_a_latents_file_and_back(model: str, pictures: str, tmp_path: Path) -> None:
+    file, out = str(tmp_path / "latents.safetensors"), tmp_path / "back"
+    assert latents.main(["encode", model, pictures, "--out", file]) == 0
+    assert latents.main(["decode", model, file, "--out", str(out)]) == 0
+    for number, name in enumerate("abc"):
+        with Image.open(out / f"{number:04d}.png") as back, Image.open(f"{pictures}/{name}.png") as picture:
+            assert [v >> 3 for v in back.tobytes()] == [v >> 3 for v in picture.tobytes()]
+    assert latents.main(["decode", model, file, "--out", str(tmp_path / "grid.png")]) == 0
+    assert (tmp_path / "grid.png").exists()
+
+
+DRAWINGS = {
+    "edit": ["edit", "PICTURES", "--attributes", "Smiling", "--attributes", "Wearing_Hat", "--sliders=-1", "0", "1"],
+    "interpolate": ["interpolate", "PICTURES/a.png", "PICTURES/b.png", "--steps", "4"],
+    "line": ["interpolate", "PICTURES/a.png", "seed:2", "--steps", "4", "--linear"],
+    "temperatures": ["sweep", "PICTURES", "--temperatures", "0", "0.5", "1"],
+    "levels": ["sweep", "PICTURES/a.png", "--over", "levels"],
+}
+
+
+@pytest.mark.parametrize("kind", ["png", "gif"])
+@pytest.mark.parametrize("drawing", DRAWINGS)
+def test_every_drawing_is_a_grid_or_a_film(drawing: str, kind: str, model: str, pictures: str, tmp_path: Path) -> None:
+    command, *rest = [word.replace("PICTURES", pictures) for word in DRAWINGS[drawing]]
+    out = tmp_path / f"out.{kind}"
+    assert latents.main([command, model, *rest, "--out", str(out), "--dry-run"]) == 0
+    assert not out.exists()
+    assert latents.main([command, model, *rest, "--out", str(out)]) == 0
+    with Image.open(out) as picture:
+        assert getattr(picture, "n_frames", 1) == (1 if kind == "png" else 6 if "polate" in command else 4)
+
+
+def test_scores_come_with_the_outlier_first(
+    model: str, pictures: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert latents.main(["score", model, pictures, "seed:1", "--out", str(tmp_path / "scores.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [float(line.split()[0]) for line in lines]
+    assert found == sorted(found, reverse=True)
+    kept = json.loads((tmp_path / "scores.json").read_text())["bits_per_dim"]
+    assert {name: round(bits, 4) for name, bits in kept.items()} == {
+        line.split()[-1]: float(line.split()[0]) for line in lines
+    }
+
+
+def test_models_pictures_and_latents_may_lie_on_s3(s3: str, model: str, pictures: str, tmp_path: Path) -> None:
+    place = open_storage(s3).sub(f"latents-{tmp_path.name}")
+    for name in sorted(path.name for path in Path(model).iterdir()):
+        place.write(f"model/{name}", (Path(model) / name).read_bytes())
+    place.write("pictures/a.png", Path(pictures, "a.png").read_bytes())
+    file = place.where("latents.safetensors")
+    assert latents.main(["encode", place.where("model"), place.where("pictures"), "--out", file]) == 0
+    assert latents.main(["encode", model, f"{pictures}/a.png", "--out", str(tmp_path / "here")]) == 0
+    there, here = load(place.read("latents.safetensors")), load((tmp_path / "here").read_bytes())
+    assert all(torch.equal(there[level], here[level]) for level in here)
+    assert latents.main(["decode", model, file, "--out", place.where("grid.png")]) == 0
+    assert place.read("grid.png")[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["edit", "PICTURES", "--attributes", "Smilin"], "did you mean Smiling"),
+        (["interpolate", "PICTURES", "seed:1"], "4 pictures in 9 steps"),
+        (["sweep", "seed:1", "--out", "sweep.bmp"], "sweep.bmp is neither .png nor .gif"),
+    ],
+)
+def test_a_mistake_is_refused_and_nothing_is_written(
+    words: list[str], says: str, model: str, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    command, *rest = [word.replace("PICTURES", pictures) for word in words]
+    with pytest.raises(UsageError, match=says):
+        latents.main([command, model, *rest])
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("arguments", [["sample", "--help"], ["--help"]])
