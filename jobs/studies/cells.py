@@ -20,7 +20,8 @@ import torch
 
 from jobs.material import Pictures, pack
 from pipeline.config import ALGORITHM_VERSION, TrainConfig
-from pipeline.evaluate import Figure, evaluate
+from pipeline.errors import DivergedError
+from pipeline.evaluate import evaluate
 from pipeline.export import TrainedRun, natural_stream, read_run
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest, open_manifest
@@ -46,14 +47,14 @@ class Result:
     """What came of a cell, on every held-out image; likelihoods in bits per dimension, averaged weights."""
 
     name: str
-    bits_per_dim: float
-    stderr: float
-    images: int
+    bits_per_dim: float | None
+    """None where training diverged."""
+    images: int = 0
     """Seen in training."""
-    parameters: int
-    cpu_seconds: float
+    parameters: int = 0
+    cpu_seconds: float = 0.0
     """Of the process, over all attempts: training and what is looked at on the way."""
-    curve: tuple[tuple[float, float], ...]
+    curve: tuple[tuple[float, float], ...] = ()
     """(images seen, bits/dim of the first held-out images)."""
 
 
@@ -112,7 +113,8 @@ class Workshop:
                 return False
             self._say(f"{cell.name}: training")
             result = self._train(cell)
-            self._say(f"{cell.name}: {result.bits_per_dim:.4f} bits/dim, {result.cpu_seconds:.0f} CPU s")
+            if result.bits_per_dim is not None:
+                self._say(f"{cell.name}: {result.bits_per_dim:.4f} bits/dim, {result.cpu_seconds:.0f} CPU s")
             return True
 
     def _train(self, cell: Cell) -> Result:
@@ -122,8 +124,12 @@ class Workshop:
         def note(_: dict[str, float]) -> None:
             clock.write_text(json.dumps(before + time.process_time() - start))
 
-        run(config, note)
-        result = self._judged(cell, self.trained(cell), json.loads(clock.read_text()))
+        try:
+            run(config, note)
+            result = self._judged(cell, self.trained(cell), json.loads(clock.read_text()))
+        except DivergedError as error:
+            self._say(f"{cell.name}: {error.what}")
+            result = Result(name=cell.name, bits_per_dim=None)
         home = open_storage(str(clock.parent))
         home.write("result.json", canonical_json(dataclasses.asdict(result)))
         return result
@@ -137,7 +143,6 @@ class Workshop:
         return Result(
             name=cell.name,
             bits_per_dim=found.mean,
-            stderr=found.stderr,
             images=trained.images,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             cpu_seconds=seconds,
@@ -167,11 +172,6 @@ def _chosen(config: Any, default: Any) -> dict[str, Any]:
         for name, (value, usual) in pairs.items()
         if value != usual
     }
-
-
-def over_seeds(results: Sequence[Result]) -> Figure:
-    """Mean and standard error over trainings that differ in their seed alone."""
-    return Figure.of([result.bits_per_dim for result in results])
 
 
 @contextlib.contextmanager
