@@ -35,7 +35,7 @@ from pipeline.stream import Stream
 PASS = 0.97
 """Share told right, held out, from which on an attribute may be judged."""
 
-IMAGES, BATCH, RATE = 60_000, 64, 2e-3
+IMAGES, BATCH, RATE = 30_000, 64, 2e-3
 SHIFT = 2
 """Pixels that training images are moved by at most: samples do not sit as exactly as data do."""
 

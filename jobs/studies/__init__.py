@@ -1,6 +1,6 @@
 """Studies: what a choice is worth, measured. Stopped, the same command goes on; started twice, two share the work.
 
-  python -m jobs studies [mixing | conditioning | ...] [--folder studies] [--dry-run]
+  python -m jobs studies [mixing | conditioning | edits] [--folder studies] [--dry-run]
 
 Every training of a study is kept as a result file in the folder; the table and the plot are made of those. Budgets
 count images, so that a busy machine changes nothing but the time it takes.
@@ -9,6 +9,7 @@ count images, so that a busy machine changes nothing but the time it takes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from jobs.studies.cells import Cell, Result, Workshop
     from jobs.studies.plans import Measure, Outcome, Scale
 
-Name = Annotated[Literal["all", "mixing", "conditioning"], tyro.conf.Positional]
+Name = Annotated[Literal["all", "mixing", "conditioning", "edits"], tyro.conf.Positional]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,17 +44,19 @@ def studies(
     from jobs.studies.plans import Scale
 
     workshop = Workshop(Path(folder), DATA, lambda text: print(text, flush=True))
-    chosen = known() if name == "all" else {name: known()[name]}
+    every = known(workshop)
+    chosen = every if name == "all" else {name: every[name]}
     for title, plan in chosen.items():
         show(workshop, title, plan, Scale(), dry_run)
     return 0
 
 
-def known() -> dict[str, Callable[[Measure, Scale], Outcome]]:
+def known(workshop: Workshop) -> dict[str, Callable[[Measure, Scale], Outcome]]:
     """The studies by name, in the order of the documents."""
     from jobs.studies import plans
+    from jobs.studies.edits import edits
 
-    return {"mixing": plans.mixing, "conditioning": plans.conditioning}
+    return {"mixing": plans.mixing, "conditioning": plans.conditioning, "edits": partial(edits, workshop)}
 
 
 def show(

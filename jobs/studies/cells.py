@@ -126,6 +126,7 @@ class Workshop:
 
         try:
             run(config, note)
+            note({})
             result = self._judged(cell, self.trained(cell), json.loads(clock.read_text()))
         except DivergedError as error:
             self._say(f"{cell.name}: {error.what}")
@@ -162,15 +163,15 @@ def key(cell: Cell) -> str:
     return f"{cell.name}-{sha256_hex(canonical_json(decisive))[:10]}"
 
 
-def _chosen(config: Any, default: Any) -> dict[str, Any]:
-    """The tree of what differs from the defaults."""
-    pairs = {
-        part.name: (getattr(config, part.name), getattr(default, part.name)) for part in dataclasses.fields(config)
-    }
-    return {
-        name: _chosen(value, usual) if dataclasses.is_dataclass(value) else value
-        for name, (value, usual) in pairs.items()
-        if value != usual
+def _chosen(config: Any, usual: Any) -> dict[str, Any]:
+    """The tree of what differs from the defaults, and of which kind it is where that is another."""
+    kind = {} if type(config) is type(usual) else {"kind": type(config).__name__}
+    usual = type(config)() if kind else usual
+    pairs = {part.name: (getattr(config, part.name), getattr(usual, part.name)) for part in dataclasses.fields(config)}
+    differing = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    return kind | {
+        name: _chosen(value, default) if dataclasses.is_dataclass(value) else value
+        for name, (value, default) in differing.items()
     }
 
 

@@ -33,7 +33,7 @@ class Scale:
     init_images: int = 256
     edited: int = 200
     """Held-out images that are edited."""
-    judge_images: int = 60_000
+    judge_images: int = 30_000
     """Seen by the judge of edits in its training."""
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from jobs.material import Pictures
-from jobs.studies import plans, show
+from jobs.studies import edits, plans, show
 from jobs.studies.cells import Workshop, key, locked
 from jobs.studies.plans import Scale
+from pipeline.export import natural_stream
+from pipeline.judge import judge_for
 from tests.jobs.runs import dataset
 
 PICTURES = {name: Pictures("faces", 16, 160) for name in ("photos32", "toy32")}
-TINY = Scale(images=32, seeds=1, levels=1, steps=1, width=8, judged=8, init_images=32)
+TINY = Scale(images=32, seeds=1, levels=1, steps=1, width=8, judged=8, init_images=32, edited=6, judge_images=128)
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +90,37 @@ def test_a_cell_is_named_by_its_settings_and_not_by_its_places() -> None:
     assert key(cell) != key(replace(cell, config=replace(cell.config, seed=1)))
     assert key(cell) != key(plans.cell(replace(TINY, images=64), "some", "toy32", 0))
     assert key(cell) == key(plans.cell(TINY, "some", "toy32", 0, mixing="lu"))
+
+
+def test_edits_are_judged_and_kept(data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(data, tmp_path / "studies"))
+    workshop, cell = Workshop(folder, PICTURES, print), plans.cell(TINY, "edits", "toy32", 0)
+    assert edits.edits(workshop, workshop.results, TINY, cell).markdown().count("\n") == 2
+    first = edits.edits(workshop, workshop.measure, TINY, cell).markdown()
+    assert first.count("not judged (below 97%)") == len(workshop.manifest("toy32").editable)
+    (kept,) = folder.glob("runs/*/edits-6.json")
+    kept.write_bytes(kept.read_bytes().replace(b"0.", b"1."))
+    assert edits.edits(workshop, workshop.measure, TINY, cell).markdown() != first
+
+
+def test_an_edit_counts_what_the_judge_sees_change(data: Path, tmp_path: Path) -> None:
+    """By a judge that claims to know everything, and a direction of 0, then one that turns every picture white."""
+    workshop = Workshop(Path(shutil.copytree(data, tmp_path / "studies")), PICTURES, print)
+    cell, manifest = plans.cell(TINY, "edits", "toy32", 0), workshop.manifest("toy32")
+    workshop.measure([cell])
+    run = workshop.trained(cell)
+    judge = judge_for(manifest, run.config.data, images=64)
+    judge = replace(judge, accuracy=dict.fromkeys(judge.accuracy, 1.0))
+    with natural_stream(manifest, "val", run.config.data) as stream:
+        faces = next(stream.batches(0, 6))
+    shapes, name = run.model().latent_shapes(), judge.able[0]
+    still = edits.judged(run, judge, {name: [torch.zeros(1, *shape) for shape in shapes]}, faces, name, 1.0)
+    assert not any((still.added, still.removed, still.changed, *still.others.values()))
+    far = edits.judged(run, judge, {name: [torch.full((1, *shape), 50.0) for shape in shapes]}, faces, name, 1.0)
+    assert any(far.others.values())
+    assert set(far.others) == set(judge.able[1:])
+    table = edits.outcome({"accuracy": judge.accuracy, "edits": {name: {"0.5": asdict(far), "1.0": asdict(far)}}})
+    assert table.markdown().splitlines()[2].startswith(f"| {name} | 100.0% |")
+    table.draw(tmp_path / "bars.png")
+    with Image.open(tmp_path / "bars.png") as plot:
+        assert plot.width > 300
