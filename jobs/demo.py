@@ -229,13 +229,13 @@ class Demo:
     def promote(self) -> str:
         """The alias champion, past the gates."""
         from jobs.models import evidence_of, print_gates
+        from pipeline.promotion import Request, promote
         from pipeline.registry import ModelRegistry
 
         if self.champion() is None:
             registry, version = ModelRegistry(self.uri), self._version()
-            registry.promote(
-                self.name, version, evidence_of(registry, self.name, version), reason="demo", announce=print_gates
-            )
+            request = Request(name=self.name, version=version, reason="demo")
+            promote(registry, request, evidence_of(registry, self.name, version), announce=print_gates)
         loaded = self.champion()
         assert loaded is not None, "promotion leaves the alias on these weights"
         return f"{self.address}: artifact {loaded.digest}"

@@ -2,6 +2,10 @@
 
   python -m jobs models register runs/faces --name faces
   python -m jobs models promote faces 3
+  python -m jobs models rollback faces
+  python -m jobs models history faces
+  python -m jobs models compare faces champion 3
+  python -m jobs models verify models:/faces@champion
 
 Registering the same artifact twice gives the same version. Promotions are written to a ledger; of racing ones one wins.
 """
@@ -17,17 +21,21 @@ import tyro
 if TYPE_CHECKING:
     from pipeline.gates import Evidence, Result
     from pipeline.model import LoadedModel
+    from pipeline.promotion import Promotion, Request
     from pipeline.registry import ModelRegistry
 
 Run = Annotated[str, tyro.conf.arg(metavar="RUN")]
 Name = Annotated[str, tyro.conf.arg(metavar="NAME")]
 Version = Annotated[int, tyro.conf.arg(metavar="VERSION")]
+Which = Annotated[str, tyro.conf.arg(metavar="VERSION_OR_ALIAS")]
+Target = Annotated[str, tyro.conf.arg(metavar="MODEL")]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one of register, promote."""
+    """Run one of register, promote, rollback, history, compare, verify."""
+    commands = (register, promote, rollback, history, compare, verify)
     return tyro.extras.subcommand_cli_from_dict(
-        {"register": register, "promote": promote},
+        {command.__name__: command for command in commands},
         prog="python -m jobs models",
         description=__doc__,
         args=list(argv),
@@ -94,31 +102,157 @@ def promote(
     """
     from pipeline.gates import Limits, read_limits
     from pipeline.mlflow_run import default_uri
+    from pipeline.promotion import Request
+    from pipeline.promotion import promote as decide
     from pipeline.registry import ModelRegistry
 
+    request = Request(name=name, version=version, alias=alias, reason=reason, forced=tuple(force_gate), dry_run=dry_run)
     registry = ModelRegistry(uri or default_uri())
-    promotion = registry.promote(
-        name,
-        version,
-        evidence_of(registry, name, version, data),
-        alias=alias,
-        limits=read_limits(Path(limits)) if limits else Limits(),
-        forced=force_gate,
-        reason=reason,
-        dry_run=dry_run,
-        announce=print_gates,
-    )
-    if promotion.entry is None:
-        print(f"dry run: models:/{name}/{version} would become {alias}")
-    else:
-        done = "is already" if not promotion.results else "is now"
-        print(f"models:/{name}@{alias} {done} version {version} (ledger entry {promotion.entry.sequence})")
+    evidence = evidence_of(registry, name, version, data)
+    promotion = decide(registry, request, evidence, read_limits(Path(limits)) if limits else Limits(), print_gates)
+    _print_promotion(promotion, request)
     return 0
+
+
+def rollback(
+    name: Name,
+    /,
+    version: int = 0,
+    alias: str = "champion",
+    uri: str = "",
+    force_gate: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    reason: str = "",
+    dry_run: bool = False,
+) -> int:
+    """Let an alias stand for a version again that it stood for before, by a new entry in the ledger.
+
+    Args:
+        name: Registered model.
+        version: Which; 0 takes the one that the present version replaced.
+        alias: The alias.
+        uri: MLflow address; empty takes MLFLOW_TRACKING_URI.
+        force_gate: golden, where it need not pass; needs --reason and is recorded.
+        reason: Why; recorded in the ledger.
+        dry_run: Check and show, write nothing.
+    """
+    from pipeline.mlflow_run import default_uri
+    from pipeline.promotion import Request
+    from pipeline.promotion import rollback as go_back
+    from pipeline.registry import ModelRegistry
+
+    request = Request(name=name, version=version, alias=alias, reason=reason, forced=tuple(force_gate), dry_run=dry_run)
+    promotion = go_back(ModelRegistry(uri or default_uri()), request)
+    print_gates(promotion.results)
+    _print_promotion(promotion, request)
+    return 0
+
+
+def history(name: Name, /, uri: str = "", json: bool = False) -> int:
+    """Show who promoted what when and why, oldest first, after checking that nothing in it was changed.
+
+    Args:
+        name: Registered model.
+        uri: MLflow address; empty takes MLFLOW_TRACKING_URI.
+        json: One entry a line as JSON, gate tables included.
+    """
+    from dataclasses import asdict
+
+    from pipeline.mlflow_run import default_uri
+    from pipeline.registry import ModelRegistry
+    from pipeline.storage import canonical_json
+
+    for entry in ModelRegistry(uri or default_uri()).ledger(name).entries():
+        print(canonical_json(asdict(entry)).decode().rstrip() if json else entry.line())
+    return 0
+
+
+def compare(name: Name, one: Which, other: Which, /, uri: str = "", data: str = "", json: bool = False) -> int:
+    """Compare two versions image by image under the same noise: the difference in bits/dim with its standard error.
+
+    Args:
+        name: Registered model.
+        one: A version or an alias.
+        other: A version or an alias; the difference is what it needs more than the first.
+        uri: MLflow address; empty takes MLFLOW_TRACKING_URI.
+        data: Prefix of the dataset to compare on; empty takes the one the first learned from.
+        json: JSON instead of a table.
+    """
+    from dataclasses import asdict
+
+    from pipeline.comparison import compare as paired
+    from pipeline.comparison import verdict
+    from pipeline.mlflow_run import default_uri
+    from pipeline.registry import ModelRegistry
+    from pipeline.storage import canonical_json
+
+    registry = ModelRegistry(uri or default_uri())
+    first, second = (int(word) if word.isdecimal() else registry.resolve(name, word) for word in (one, other))
+    evidence = evidence_of(registry, name, first, data)
+    old, new = (evidence(registry.load(name, version)).evaluation for version in (first, second))
+    found = paired(new, old)
+    if json:
+        print(canonical_json({"one": first, "other": second, **asdict(found)}).decode().rstrip())
+        return 0
+    print(f"version {first:<4} {old.bits_per_dim} bits/dim")
+    print(f"version {second:<4} {new.bits_per_dim} bits/dim")
+    for title, figure in {"difference": found.bits_per_dim, **found.classes}.items():
+        print(f"{title:12} {figure.mean:+.5f} ± {figure.stderr:.5f}  {figure.images} images  {verdict(figure)}")
+    return 0
+
+
+def verify(target: Target, /, uri: str = "") -> int:
+    """Check a model: its digests, golden pixels decoded here, and for a registered one its artifact and ledger.
+
+    Args:
+        target: A model's folder or s3:// prefix, models:/NAME@alias or models:/NAME/3.
+        uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
+    """
+    from pipeline.errors import DataError
+    from pipeline.model import verify_model
+    from pipeline.registry import load_model
+
+    loaded = load_model(target, uri)
+    print(f"artifact {loaded.digest}: {len(loaded.files)} files are what it names")
+    check = verify_model(loaded)
+    print(check)
+    if not check.passed:
+        raise DataError(str(check), where=target, cure="use the torch build in its lineage.json; or restore the model")
+    if target.startswith("models:/"):
+        print(_verified_ledger(target, uri))
+    return 0
+
+
+def _verified_ledger(target: str, uri: str) -> str:
+    """What the ledger of a registered model says; DataError where an alias says otherwise."""
+    from pipeline.errors import DataError
+    from pipeline.ledger import current
+    from pipeline.mlflow_run import default_uri
+    from pipeline.registry import ModelRegistry
+
+    registry, name = ModelRegistry(uri or default_uri()), target.removeprefix("models:/").split("@")[0].split("/")[0]
+    entries = registry.ledger(name).entries()
+    for alias in sorted({entry.alias for entry in entries}):
+        entry, found = current(entries, alias), registry.resolve(name, alias)
+        if entry and entry.version != found:
+            cure = "the next promotion or rollback puts it right"
+            raise DataError(f"{alias} is version {found}, the ledger says {entry.version}", where=target, cure=cure)
+    return f"ledger: {len(entries)} entries, their chain is whole, aliases are as it says"
+
+
+def _print_promotion(promotion: Promotion, request: Request) -> None:
+    where = f"models:/{request.name}@{request.alias}"
+    if promotion.entry is None:
+        target = f"models:/{request.name}/{request.version}" if request.version else "the version before"
+        print(f"dry run: {target} would become {request.alias}")
+    else:
+        done = "is now" if promotion.results else "is already"
+        print(f"{where} {done} version {promotion.entry.version} (ledger entry {promotion.entry.sequence})")
 
 
 def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = "") -> Callable[[LoadedModel], Evidence]:
     """What models say about the held-out images of a version's dataset: as a run's review says, or evaluated now."""
     from pipeline.gates import Evidence
+    from pipeline.lineage import findings
     from pipeline.manifest import open_manifest
     from pipeline.registry import RUN_TAG
     from pipeline.review import evaluate_model, kept_evaluation
@@ -128,11 +262,16 @@ def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = ""
     prefix = data or tags.get("data.prefix", "")
     digest = open_manifest(open_storage(data)).digest if data else tags.get("data.digest", "")
 
+    said: dict[str, Evidence] = {}
+
     def evidence(loaded: LoadedModel) -> Evidence:
-        run = registry.tags_of_digest(name, loaded.digest).get(RUN_TAG, "")
-        split, weights = loaded.config.data["validation"], loaded.files["weights.safetensors"]
-        kept = kept_evaluation(open_storage(run), split, weights, digest) if run else None
-        return Evidence(loaded, kept or evaluate_model(loaded, prefix, split, digest))
+        if loaded.digest not in said:
+            own = registry.tags_of_digest(name, loaded.digest)
+            split, weights = loaded.config.data["validation"], loaded.files["weights.safetensors"]
+            kept = kept_evaluation(open_storage(run), split, weights, digest) if (run := own.get(RUN_TAG)) else None
+            found = kept or evaluate_model(loaded, prefix, split, digest)
+            said[loaded.digest] = Evidence(loaded, found, findings(loaded, own))
+        return said[loaded.digest]
 
     return evidence
 
@@ -141,4 +280,5 @@ def print_gates(results: Sequence[Result]) -> None:
     """Show the gate table."""
     from pipeline.gates import table
 
-    print(table(results))
+    if results:
+        print(table(results))

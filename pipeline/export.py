@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, UsageError
 from pipeline.evaluate import BATCH, NOISE_SEED
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest
-from pipeline.model import EXAMPLES, ModelConfig, write_model
+from pipeline.model import EXAMPLES, ModelConfig, decoder, write_model
 from pipeline.order import Sequential
 from pipeline.sampling import Condition, one_thread
 from pipeline.storage import MissingError, Storage
@@ -151,9 +151,8 @@ def lineage_of(run: TrainedRun, manifest: Manifest) -> dict[str, Any]:
         "data": {"prefix": manifest.storage.url, "digest": manifest.digest, "split": run.config.data.train},
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
-        "torch": str(torch.__version__),
         "python": platform.python_version(),
-        "processor": platform.machine(),
+        **decoder(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -19,6 +19,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from glow import latents_of_seeds
+from pipeline.comparison import compare
 from pipeline.errors import ConfigError, GateError, UsageError
 from pipeline.evaluate import Evaluation, Figure
 from pipeline.model import LoadedModel, verify_model
@@ -39,7 +40,9 @@ class Limits:
     finite_seeds: int = 256
     """Seeds whose samples must be finite ..."""
     finite_temperatures: tuple[float, ...] = (0.7, 1.0)
-    """... at each of these temperatures."""
+    """... at each of these temperatures ..."""
+    saturated: float = 0.01
+    """... and the largest share of their values outside the range of pixels."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Evidence:
 
     loaded: LoadedModel
     evaluation: Evaluation
+    lineage: tuple[str, ...] = ()
+    """What of the version's recorded origin is not so (pipeline/lineage.py)."""
 
 
 def read_limits(path: Path) -> Limits:
@@ -81,11 +86,11 @@ def read_limits(path: Path) -> Limits:
 def judge(challenger: Evidence, champion: Evidence | None, limits: Limits) -> list[Result]:
     """Every gate's result, passed or not."""
     return [
-        _bits_per_dim(challenger.evaluation, champion.evaluation if champion else None, limits.bits_per_dim),
-        _worst_class(challenger.evaluation, champion.evaluation if champion else None, limits.worst_class),
+        *_regressions(challenger.evaluation, champion.evaluation if champion else None, limits),
         _round_trip(challenger.evaluation, limits.round_trip),
-        _finite_samples(challenger.loaded, limits.finite_seeds, limits.finite_temperatures),
-        _golden(challenger.loaded),
+        *_samples(challenger.loaded, limits),
+        golden(challenger.loaded),
+        _lineage(challenger),
     ]
 
 
@@ -112,32 +117,31 @@ def refuse_failures(results: Sequence[Result], forced: Sequence[str], where: str
     return failed
 
 
-def _bits_per_dim(new: Evaluation, old: Evaluation | None, limit: float) -> Result:
+def _regressions(new: Evaluation, old: Evaluation | None, limits: Limits) -> list[Result]:
+    """The gates against the champion: on the whole, and the class that gets worst."""
     if not math.isfinite(new.bits_per_dim.mean):
-        return Result("bits_per_dim", False, None, limit, "not finite")
+        return [
+            Result("bits_per_dim", False, None, limits.bits_per_dim, "not finite"),
+            Result("worst_class", False, None, limits.worst_class, "not finite"),
+        ]
     if old is None:
-        return Result("bits_per_dim", True, None, limit, f"{new.bits_per_dim}; there is no champion yet")
-    difference = Figure.of([a - b for a, b in zip(new.values, old.values, strict=True)])
-    detail = f"{new.bits_per_dim} against {old.bits_per_dim}, difference {difference}"
-    return Result("bits_per_dim", _no_worse(difference, limit), difference.mean, limit, detail)
+        first = f"{new.bits_per_dim}; there is no champion yet"
+        return [
+            Result("bits_per_dim", True, None, limits.bits_per_dim, first),
+            Result("worst_class", True, None, limits.worst_class, "there is no champion yet"),
+        ]
+    found = compare(new, old)
+    detail = f"{new.bits_per_dim} against {old.bits_per_dim}, difference {found.bits_per_dim}"
+    name, worst = found.worst_class or ("no classes", Figure(0.0, 0.0, 0))
+    return [
+        _no_worse("bits_per_dim", found.bits_per_dim, limits.bits_per_dim, detail),
+        _no_worse("worst_class", worst, limits.worst_class, name),
+    ]
 
 
-def _worst_class(new: Evaluation, old: Evaluation | None, limit: float) -> Result:
-    if old is None or not new.classes:
-        return Result("worst_class", True, None, limit, "no champion yet" if new.classes else "no classes")
-    pairs = list(zip(new.values, old.values, new.labels, strict=True))
-    regressions = {
-        name: Figure.of([a - b for a, b, label in pairs if label == index])
-        for index, name in enumerate(new.class_names)
-        if name in new.classes
-    }
-    name = max(regressions, key=lambda name: regressions[name].mean)
-    return Result("worst_class", _no_worse(regressions[name], limit), regressions[name].mean, limit, name)
-
-
-def _no_worse(difference: Figure, limit: float) -> bool:
-    """False for a regression of more than the limit that is also more than chance; nan is a regression."""
-    return difference.mean <= limit + 2 * difference.stderr
+def _no_worse(gate: str, difference: Figure, limit: float, detail: str) -> Result:
+    """Failed by a regression of more than the limit that is also more than chance; nan is a regression."""
+    return Result(gate, difference.mean <= limit + 2 * difference.stderr, difference.mean, limit, detail)
 
 
 def _round_trip(new: Evaluation, limit: float) -> Result:
@@ -149,19 +153,34 @@ def _round_trip(new: Evaluation, limit: float) -> Result:
 
 
 @torch.no_grad()
-def _finite_samples(loaded: LoadedModel, seeds: int, temperatures: Sequence[float]) -> Result:
-    broken = 0
-    for temperature in temperatures:
-        for start in range(0, seeds, 32):
-            numbers = range(start, min(start + 32, seeds))
+def _samples(loaded: LoadedModel, limits: Limits) -> list[Result]:
+    """Whether samples are finite, and how many of their values lie outside the range of pixels and would be cut off."""
+    broken, outside = 0, []
+    for temperature in limits.finite_temperatures:
+        for start in range(0, limits.finite_seeds, 32):
+            numbers = range(start, min(start + 32, limits.finite_seeds))
             latents = latents_of_seeds(torch.tensor(numbers), loaded.model.latent_shapes(), temperature)
             x = loaded.model.decode(latents, *loaded.condition(numbers))
-            broken += int((~torch.isfinite(x).flatten(1).all(1)).sum())
-    detail = f"samples not finite, of {seeds} seeds at T {', '.join(f'{t:g}' for t in temperatures)}"
-    return Result("finite_samples", broken == 0, float(broken), 0.0, detail)
+            finite = torch.isfinite(x).flatten(1).all(1)
+            broken += int((~finite).sum())
+            outside.append(((x[finite] + 0.5).clamp(0, 1) != x[finite] + 0.5).double().flatten(1).mean(1))
+    share = float(torch.cat(outside).mean()) if broken == 0 else math.nan
+    heats = ", ".join(f"{heat:g}" for heat in limits.finite_temperatures)
+    about = f"of {limits.finite_seeds} seeds at T {heats}"
+    return [
+        Result("finite_samples", broken == 0, float(broken), 0.0, f"samples not finite, {about}"),
+        Result("saturated", share <= limits.saturated, None if broken else share, limits.saturated,
+               f"share of values outside the range of pixels, {about}"),
+    ]  # fmt: skip
 
 
-def _golden(loaded: LoadedModel) -> Result:
+def golden(loaded: LoadedModel) -> Result:
+    """Whether the golden latents decode here to the golden pixels."""
     check = verify_model(loaded)
-    detail = f"golden pixels: at most {check.levels} levels off, {check.differing:.2%} of the values"
-    return Result("golden", check.passed, float(check.levels), 1.0, detail)
+    return Result("golden", check.passed, float(check.levels), 0.0 if check.same_decoder else 1.0, str(check))
+
+
+def _lineage(evidence: Evidence) -> Result:
+    found = evidence.lineage
+    detail = "; ".join(found) or "dataset digest, fingerprint and weights are what the run's folder gives"
+    return Result("lineage", not found, float(len(found)), 0.0, detail)

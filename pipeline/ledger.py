@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ConflictError, DataError
+from pipeline.errors import ConfigError, ConflictError, DataError
 from pipeline.storage import Storage, canonical_json, sha256_hex
 
 
@@ -51,6 +51,14 @@ class Entry:
     attempt: str = field(default_factory=lambda: secrets.token_hex(8))
     """Random; tells apart entries that would otherwise be equal."""
 
+    def line(self) -> str:
+        """For people: when, what, by whom, why, and the gates."""
+        failed = [str(gate["gate"]) for gate in self.gates if not gate["passed"]]
+        gates = f"{len(self.gates) - len(failed)} of {len(self.gates)} gates"
+        forced = f", forced {', '.join(self.forced)}" if self.forced else ""
+        change = f"{self.alias} {self.replaces or '-'} -> {self.version}"
+        return f"{self.sequence:4}  {self.time}  {change}  {self.actor}  {gates}{forced}  {self.reason}".rstrip()
+
     def __str__(self) -> str:
         return f"version {self.version} to {self.alias} by {self.actor} at {self.time}"
 
@@ -59,7 +67,7 @@ class Ledger:
     """The entries of one registered model under a registry prefix."""
 
     def __init__(self, registry: Storage, model: str) -> None:
-        self.storage, self.model = registry.sub(model), model
+        self.registry, self.storage, self.model = registry, registry.sub(model), model
 
     def entries(self) -> list[Entry]:
         """All of them, oldest first; DataError where the chain is broken."""
@@ -92,6 +100,17 @@ class Ledger:
                 where, cure = self.storage.where(key), "look at what was promoted, then promote again"
                 raise ConflictError(f"{winner} came first", where=where, cure=cure) from error
         return entry
+
+
+def refuse_unconditional(registry: Storage) -> None:
+    """ConfigError where the store lets a second writer overwrite what only the first may write."""
+    for _ in range(2):
+        try:
+            registry.create("conditional-writes", b"written once: two promotions never share a number\n")
+        except ConflictError:
+            return
+    cure = "use S3 with If-None-Match (AWS, Ceph, MinIO do), or a folder"
+    raise ConfigError("this store knows no conditional writes", where=registry.url, cure=cure)
 
 
 def current(entries: Sequence[Entry], alias: str) -> Entry | None:

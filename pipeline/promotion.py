@@ -1,0 +1,144 @@
+"""Promotion: gates, then the ledger, then the alias; rollback is a promotion to a version that was champion before.
+
+The ledger decides. MLflow's alias follows it, and whoever promotes next puts right what a crash in between left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import UsageError
+from pipeline.gates import Evidence, Limits, Result, as_json, golden, judge, refuse_failures
+from pipeline.ledger import Entry, Ledger, current, refuse_unconditional
+from pipeline.model import LoadedModel
+from pipeline.registry import ModelRegistry
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What came of a promotion."""
+
+    entry: Entry | None
+    """The ledger entry of the alias now; None when nothing was to be written (a dry run)."""
+    results: tuple[Result, ...]
+    """The gate table; empty where the version already stood there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What somebody wants: `alias` of the registered model `name` to stand for `version`."""
+
+    name: str
+    version: int
+    alias: str = "champion"
+    reason: str = ""
+    forced: tuple[str, ...] = ()
+    """Gates that need not pass."""
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", self.alias):
+            raise UsageError(f"alias {self.alias!r}", cure="aliases are lower case: champion and Champion would be two")
+        if self.forced and not self.reason:
+            raise UsageError("--force-gate without --reason", cure="say why; it is written into the ledger")
+        if not re.fullmatch(r"[\w][\w.-]*", self.name):
+            raise UsageError(f"model name {self.name!r}", cure="letters, digits, dots, dashes and underscores")
+
+
+def promote(
+    registry: ModelRegistry,
+    request: Request,
+    evidence: Callable[[LoadedModel], Evidence],
+    limits: Limits | None = None,
+    announce: Callable[[Sequence[Result]], None] = lambda results: None,
+) -> Promotion:
+    """Reconcile, gates, ledger, alias, in this order.
+
+    `evidence` evaluates a model on the held-out images; `announce` is told the gate table before anything follows from
+    it. Raises GateError where a gate fails that is not in `request.forced`, ConflictError where another promotion came
+    in between; either leaves everything as it was.
+    """
+    ledger, entries = _opened(registry, request)
+    before = current(entries, request.alias)
+    loaded = registry.load(request.name, request.version)
+    if before is not None and (before.version, before.digest) == (request.version, loaded.digest):
+        return Promotion(before, ())
+    champion = evidence(registry.load(request.name, before.version)) if before else None
+    results = tuple(judge(evidence(loaded), champion, limits or Limits()))
+    announce(results)
+    failed = refuse_failures(results, request.forced, f"models:/{request.name}/{request.version}")
+    return _decided(registry, request, ledger, entries, loaded.digest, results, failed)
+
+
+def rollback(registry: ModelRegistry, request: Request) -> Promotion:
+    """Let the alias stand for a version it stood for before; 0 is the one the present version replaced.
+
+    It passed its gates then, so nothing is evaluated: its bytes are compared with the digest in the ledger, and its
+    golden pixels with what it decodes here.
+    """
+    ledger, entries = _opened(registry, request)
+    now = current(entries, request.alias)
+    version = request.version or (now.replaces if now else 0)
+    earlier = current([entry for entry in entries if entry.version == version], request.alias)
+    if now is None or earlier is None:
+        what = f"was never version {version}" if version else "replaced nothing"
+        where, cure = f"models:/{request.name}@{request.alias}", "python -m jobs models history shows what it was"
+        raise UsageError(what, where=where, cure=cure)
+    if now.version == version:
+        return Promotion(now, ())
+    loaded = registry.load(request.name, version, earlier.digest)
+    results = (golden(loaded),)
+    failed = refuse_failures(results, request.forced, f"models:/{request.name}/{version}")
+    wanted = Request(**{**vars(request), "version": version, "reason": request.reason or f"back from {now.version}"})
+    return _decided(registry, wanted, ledger, entries, loaded.digest, results, failed)
+
+
+def reconcile(registry: ModelRegistry, name: str, ledger: Ledger) -> None:
+    """Set every alias to what the ledger says, until the ledger did not change meanwhile.
+
+    This finishes a promotion that a crash cut off between ledger and alias, and puts right an alias set late by a
+    slower promoter.
+    """
+    seen: list[Entry] | None = None
+    while (entries := ledger.entries()) != seen:
+        registry.set_aliases(name, {entry.alias: entry.version for entry in entries})
+        seen = entries
+
+
+def _opened(registry: ModelRegistry, request: Request) -> tuple[Ledger, list[Entry]]:
+    """The ledger, ready to be written to, and what it says."""
+    ledger = registry.ledger(request.name)
+    if not request.dry_run:
+        refuse_unconditional(ledger.registry)
+        reconcile(registry, request.name, ledger)
+    return ledger, ledger.entries()
+
+
+def _decided(
+    registry: ModelRegistry,
+    request: Request,
+    ledger: Ledger,
+    entries: Sequence[Entry],
+    digest: str,
+    results: tuple[Result, ...],
+    failed: tuple[str, ...],
+) -> Promotion:
+    """Write the entry, then set the alias."""
+    if request.dry_run:
+        return Promotion(None, results)
+    before = current(entries, request.alias)
+    entry = Entry(
+        model=request.name,
+        alias=request.alias,
+        version=request.version,
+        digest=digest,
+        replaces=before.version if before else 0,
+        reason=request.reason,
+        forced=failed,
+        gates=as_json(results),
+    )
+    entry = ledger.append(entries, entry)
+    reconcile(registry, request.name, ledger)
+    return Promotion(entry, results)

@@ -1,0 +1,333 @@
+"""Promotion: gates before the ledger, the ledger before the alias, one winner, and nothing lost by a kill."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import http.server
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from types import FrameType
+from typing import ClassVar
+
+import pytest
+import torch
+
+from pipeline.errors import ConfigError, ConflictError, DataError, GateError, UsageError
+from pipeline.gates import Evidence, Limits, judge, read_limits
+from pipeline.model import LoadedModel
+from pipeline.promotion import Request, rollback
+from pipeline.registry import ModelRegistry, load_model
+from tests.mlflow_db import MLFLOW_NOISE, fresh_database
+from tests.pipeline.models import write_tiny
+from tests.pipeline.versions import LIMITS, by_digest, evaluation, promoted, register, saying
+
+pytestmark = MLFLOW_NOISE
+HANG = 240
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> ModelRegistry:
+    return ModelRegistry(fresh_database(tmp_path))
+
+
+def test_promotion_writes_the_ledger_then_the_alias(registry: ModelRegistry, tmp_path: Path) -> None:
+    register(registry, tmp_path / "m")
+    promotion = promoted(registry, 1, saying(2.0, 2.1), reason="the first")
+    (stored,) = (tmp_path / "registry" / "faces").iterdir()
+    entry = json.loads(stored.read_bytes())
+    assert promotion.entry is not None
+    assert (entry["version"], entry["reason"], entry["forced"], entry["replaces"]) == (1, "the first", [], 0)
+    assert entry["digest"] == load_model(str(tmp_path / "m")).digest
+    assert [gate["passed"] for gate in entry["gates"]] == [True] * 7
+    assert registry.resolve("faces", "champion") == 1
+    again = promoted(registry, 1, saying(9.0, 9.0))
+    assert again.entry == promotion.entry
+    assert len(registry.ledger("faces").entries()) == 1
+
+
+def test_a_worse_version_is_refused_and_nothing_changes(registry: ModelRegistry, tmp_path: Path) -> None:
+    register(registry, tmp_path / "a")
+    register(registry, tmp_path / "b", seed=1)
+    promoted(registry, 1, saying(2.0, 2.1))
+    digests = {load_model(str(tmp_path / name)).digest: name for name in "ab"}
+    values = {digest: [2.0, 2.1] if name == "a" else [2.3, 2.4] for digest, name in digests.items()}
+    shown: list[str] = []
+    with pytest.raises(GateError, match="bits_per_dim") as caught:
+        promoted(registry, 2, by_digest(values), announce=lambda r: shown.extend(map(str, r)))
+    assert caught.value.exit_code == 5
+    assert len(shown) == 7
+    assert shown[0].startswith("FAILED")
+    assert registry.resolve("faces", "champion") == 1
+    assert len(registry.ledger("faces").entries()) == 1
+
+    with pytest.raises(UsageError, match="say why"):
+        promoted(registry, 2, by_digest(values), forced=("bits_per_dim",))
+    forced = promoted(registry, 2, by_digest(values), forced=("bits_per_dim", "worst_class"), reason="better looking")
+    assert forced.entry is not None
+    assert (forced.entry.forced, forced.entry.reason) == (("bits_per_dim", "worst_class"), "better looking")
+    assert registry.resolve("faces", "champion") == 2
+
+
+def test_a_dry_run_changes_nothing(registry: ModelRegistry, tmp_path: Path) -> None:
+    register(registry, tmp_path / "m")
+    assert promoted(registry, 1, saying(2.0, 2.1), dry_run=True).entry is None
+    assert registry.ledger("faces").entries() == []
+    with pytest.raises(UsageError):
+        registry.resolve("faces", "champion")
+
+
+def test_a_promotion_cut_off_after_the_ledger_is_finished_by_the_next(registry: ModelRegistry, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        register(registry, tmp_path / f"m{seed}", seed)
+    promoted(registry, 1, saying(2.0, 2.1))
+    promoted(registry, 2, saying(2.0, 2.1))
+    registry.client.set_registered_model_alias("faces", "champion", "1")  # as a crash, or a slower promoter, leaves it
+    promoted(registry, 2, saying(2.0, 2.1))
+    assert registry.resolve("faces", "champion") == 2
+
+
+def test_a_promotion_overtaken_during_its_gates_loses(registry: ModelRegistry, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        register(registry, tmp_path / f"m{seed}", seed)
+
+    def slow(loaded: LoadedModel) -> Evidence:
+        promoted(ModelRegistry(registry.uri), 2, saying(2.0, 2.1))
+        return saying(2.0, 2.1)(loaded)
+
+    with pytest.raises(ConflictError, match="version 2 to champion by"):
+        promoted(registry, 1, slow)
+    assert registry.resolve("faces", "champion") == 2
+
+
+@pytest.mark.parametrize("alias", ["Champion", "best one", ""])
+def test_aliases_are_lower_case_words(registry: ModelRegistry, alias: str) -> None:
+    with pytest.raises(UsageError, match="alias"):
+        promoted(registry, 1, saying(2.0), alias=alias)
+
+
+def test_gates_compare_pair_by_pair_beyond_chance(tmp_path: Path) -> None:
+    write_tiny(tmp_path / "m")
+    loaded = load_model(str(tmp_path / "m"))
+
+    def passed(new: list[float], old: list[float], **rest: float) -> dict[str, bool]:
+        results = judge(Evidence(loaded, evaluation(new, **rest)), Evidence(loaded, evaluation(old)), LIMITS)
+        return {result.gate: result.passed for result in results}
+
+    old = [1.0, 3.0, 1.5, 3.5]
+    assert all(passed(old, old).values())
+    assert all(passed([v + 0.004 for v in old], old).values())  # within the limit
+    worse = passed([v + 0.006 for v in old], old)  # small, but the same for every image: no chance
+    assert not worse["bits_per_dim"]
+    assert worse["worst_class"]
+    assert passed([1.3, 2.8, 1.6, 3.3], old)["bits_per_dim"]  # better or worse by chance
+    assert not passed([v + 0.05 * (index % 2) for index, v in enumerate(old)], old)["worst_class"]
+    assert not passed([float("nan"), 1.0], [1.0, 1.0])["bits_per_dim"]
+    assert not passed(old, old, round_trip=2e-3)["round_trip"]
+    assert not passed(old, old, round_trip=float("nan"))["round_trip"]
+    assert not passed(old, old, round_trip=-1.0)["round_trip"]
+    with torch.no_grad():
+        next(p for name, p in loaded.model.named_parameters() if name.startswith("levels.0")).fill_(float("inf"))
+    broken = passed(old, old)
+    assert not broken["finite_samples"]
+    assert not broken["golden"]
+
+
+def test_limits_are_a_table(tmp_path: Path) -> None:
+    (tmp_path / "limits.toml").write_text("bits_per_dim = 0.01\nfinite_temperatures = [0.5]\n")
+    assert read_limits(tmp_path / "limits.toml") == dataclasses.replace(
+        Limits(), bits_per_dim=0.01, finite_temperatures=(0.5,)
+    )
+    (tmp_path / "limits.toml").write_text("bits = 1")
+    with pytest.raises(ConfigError, match="limits are bits_per_dim"):
+        read_limits(tmp_path / "limits.toml")
+
+
+def test_rollback_is_a_promotion_to_what_was_champion_before(registry: ModelRegistry, tmp_path: Path) -> None:
+    for seed in (0, 1, 2):
+        register(registry, tmp_path / f"m{seed}", seed)
+    for version in (1, 2):
+        promoted(registry, version, saying(2.0, 2.1))
+    back = rollback(registry, Request(name="faces", version=0))
+    assert back.entry is not None
+    assert (back.entry.sequence, back.entry.version, back.entry.replaces) == (3, 1, 2)
+    assert (back.entry.reason, [gate["gate"] for gate in back.entry.gates]) == ("back from 2", ["golden"])
+    assert registry.resolve("faces", "champion") == 1
+    assert rollback(registry, Request(name="faces", version=1)).entry == back.entry
+    assert rollback(registry, Request(name="faces", version=2, dry_run=True)).entry is None
+    with pytest.raises(UsageError, match="was never version 3"):
+        rollback(registry, Request(name="faces", version=3))
+    with pytest.raises(UsageError, match="replaced nothing"):
+        rollback(registry, Request(name="faces", version=0, alias="challenger"))
+    assert len(registry.ledger("faces").entries()) == 3
+
+
+def test_rollback_refuses_a_version_that_is_not_what_it_was(registry: ModelRegistry, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        register(registry, tmp_path / f"m{seed}", seed)
+        promoted(registry, seed + 1, saying(2.0, 2.1))
+    first = next(root for root in (tmp_path / "artifacts").rglob("model.json") if is_version(registry, root, 1))
+    write_tiny(first.parent, seed=7)
+    registry.client.set_model_version_tag("faces", "1", "glow.digest", load_model(str(first.parent)).digest)
+    with pytest.raises(DataError, match=r"model\.json: sha256: expected"):
+        rollback(registry, Request(name="faces", version=1))
+    assert registry.resolve("faces", "champion") == 2
+
+
+def is_version(registry: ModelRegistry, root: Path, version: int) -> bool:
+    return load_model(str(root.parent)).digest == registry.tags("faces", version)["glow.digest"]
+
+
+class Forgetful(http.server.BaseHTTPRequestHandler):
+    """An S3 of one bucket, in memory, that answers a conditional write like any other."""
+
+    protocol_version = "HTTP/1.1"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def do_PUT(self) -> None:
+        self.objects[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(200, b"")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        data = self.objects.get(self.path)
+        listing = b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>"
+        found = listing if "?" in self.path else data
+        self._answer(404 if found is None else 200, found or b"")
+
+    def _answer(self, status: int, data: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+def test_a_store_without_conditional_writes_is_refused(
+    registry: ModelRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Forgetful)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "any")
+    try:
+        register(ModelRegistry(registry.uri, "s3://forgetful/registry"), tmp_path / "m")
+        with pytest.raises(ConfigError, match="knows no conditional writes"):
+            promoted(registry, 1, saying(2.0, 2.1))
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert "champion" not in registry.client.get_registered_model("faces").aliases
+
+
+def once_all_are_here(wanted: str, start: Barrier, loaded: LoadedModel) -> Evidence:
+    """Say something about a model; of the one to be promoted, not of the champion, when everybody is asked."""
+    if loaded.digest == wanted:
+        start.wait(HANG)
+    return saying(2.0, 2.1)(loaded)
+
+
+def race(uri: str, rounds: Sequence[int], start: Barrier, said: Queue[tuple[int, str]]) -> None:
+    """Promote one version a round, everybody having decided on the same ledger; the others of a round lose."""
+    registry = ModelRegistry(uri)
+    for number, version in enumerate(rounds):
+        wanted = registry.tags("faces", version)["glow.digest"]
+        try:
+            entry = promoted(registry, version, functools.partial(once_all_are_here, wanted, start)).entry
+            said.put((number, f"won {entry.attempt}" if entry else "nothing"))
+        except ConflictError as error:
+            said.put((number, error.what))
+        start.wait(HANG)
+
+
+def race_of(registry: ModelRegistry, folder: Path, racers: int, rounds: int) -> None:
+    """Let processes race; expect one winner a round, named by the others, and a line of entries the alias follows."""
+    for seed in (0, 1):
+        register(registry, folder / f"m{seed}", seed)
+    # A version that is champion already is not promoted again: rounds take turns.
+    versions = [1 + number % 2 for number in range(rounds)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.promotion", "mlflow"])
+    start, said = context.Barrier(racers), context.Queue()
+    processes = [context.Process(target=race, args=(registry.uri, versions, start, said)) for _ in range(racers)]
+    for process in processes:
+        process.start()
+    found = [said.get(timeout=HANG) for _ in range(racers * rounds)]
+    for process in processes:
+        process.join(60)
+    entries = registry.ledger("faces").entries()
+    assert [entry.version for entry in entries] == versions
+    for number, entry in enumerate(entries):
+        words = sorted(word for each, word in found if each == number)
+        assert words == sorted([f"won {entry.attempt}", *[f"{entry} came first"] * (racers - 1)])
+    assert registry.resolve("faces", "champion") == versions[-1]
+
+
+def test_of_racing_promoters_one_wins_a_round(registry: ModelRegistry, tmp_path: Path) -> None:
+    race_of(registry, tmp_path, racers=4, rounds=3)
+
+
+@pytest.mark.nightly
+def test_of_sixteen_racing_promoters_one_wins_each_of_twenty_rounds(registry: ModelRegistry, tmp_path: Path) -> None:
+    race_of(registry, tmp_path, racers=16, rounds=20)
+
+
+BOUNDARIES = ("append", "create", "reconcile", "set_aliases", "set_registered_model_alias")
+"""Functions at whose calls and returns a promotion is killed: all that it does from the entry to the alias."""
+
+
+def promote_until(uri: str, version: int, last: int, survived: Queue[int]) -> None:
+    """Promote, and kill this process at its boundary number `last`; tell how many there were if it survives."""
+    registry = ModelRegistry(uri)
+    passed = 0
+
+    def profiled(frame: FrameType, event: str, _: object) -> None:
+        nonlocal passed
+        ours = "/pipeline/" in frame.f_code.co_filename or "/mlflow/" in frame.f_code.co_filename
+        if ours and event in ("call", "return") and frame.f_code.co_name in BOUNDARIES:
+            passed += 1
+            if passed == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.setprofile(profiled)
+    promoted(registry, version, saying(2.0, 2.1))
+    sys.setprofile(None)
+    survived.put(passed)
+
+
+def test_a_kill_at_any_boundary_is_put_right_by_the_next_promotion(registry: ModelRegistry, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        register(registry, tmp_path / f"m{seed}", seed)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.promotion", "mlflow"])
+    survived = context.Queue()
+    for last in range(1, 100):
+        before = registry.ledger("faces").entries()
+        version = 2 if before and before[-1].version == 1 else 1
+        process = context.Process(target=promote_until, args=(registry.uri, version, last, survived))
+        process.start()
+        process.join(HANG)
+        after = registry.ledger("faces").entries()
+        assert after[: len(before)] == before
+        assert len(after) - len(before) in (0, 1)
+        promoted(registry, version, saying(2.0, 2.1))
+        assert [entry.version for entry in registry.ledger("faces").entries()][len(before) :] == [version]
+        assert registry.resolve("faces", "champion") == version
+        if process.exitcode == 0:
+            break
+    assert survived.get(timeout=10) < last
+    assert last > 10
