@@ -1,9 +1,10 @@
 """Train a preset: in this process, under torchrun, or on Ray workers. The same command again goes on where it stopped.
 
-  python -m jobs train PRESET [--config FILE.toml] [--SETTING VALUE ...] [--dry-run]
+  python -m jobs train PRESET [--config FILE.toml] [--SETTING VALUE ...] [--dry-run] [--offline]
   python -m jobs train RUN/config.toml
 
 A setting comes from the preset, then from the file, then from the flags. --dry-run prints the plan and writes nothing.
+--offline trains although MLflow does not answer; the next run or command that reaches it sends what it missed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in ("-h", "--help"):
         print(f"{__doc__}\n{table()}\n\npython -m jobs train PRESET --help lists every setting and its value there.")
         return 0
-    config, dry_run = parse(list(argv))
+    config, dry_run = parse([word for word in argv if word != "--offline"])
     refuse_impossible(config)
     if not config.data.prefix:
         raise ConfigError("no dataset given", cure="--data.prefix FOLDER (or s3://...) made by: python -m jobs data")
@@ -49,6 +50,10 @@ def main(argv: Sequence[str]) -> int:
 
         print(plan(config))
         return 0
+    if "--offline" not in argv:
+        from pipeline.mlflow_run import refuse_silent
+
+        refuse_silent(config.tracking.uri)
     summary = launch(config)
     if os.environ.get("RANK", "0") == "0":
         print(f"{config.storage}/{config.name}: {closing(summary)}")

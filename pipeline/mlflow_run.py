@@ -10,6 +10,9 @@ import os
 import re
 import shutil
 import tempfile
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +41,7 @@ class MlflowRun:
     """One run on an MLflow server, found by its key or created; every call may raise and may be repeated."""
 
     def __init__(self, config: TrackingConfig, description: Description) -> None:
-        self.client = connect(config.uri)
+        self.client, self._uri = connect(config.uri), config.uri
         self.run_id = find_run(self.client, config, description.name, description.key)
         run = self.client.get_run(self.run_id)
         self._last = {metric.key: metric.step for metric in run.to_proto().data.metrics}
@@ -62,6 +65,8 @@ class MlflowRun:
             if row["images"] > self._last.get(key, -1)
         ]
         self.client.log_batch(self.run_id, metrics=metrics, tags=[RunTag("spool.rows", str(count))])
+        if not _watching():  # MLflow's own thread gives up at the first call that fails
+            self._monitor = _system_metrics(self.run_id, self._uri)
 
     def show(self, event: Row, png: bytes) -> None:
         """Put a picture into the run's image grid unless it is there."""
@@ -189,6 +194,23 @@ def _system_metrics(run_id: str, uri: str) -> SystemMetricsMonitor:
     monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=absolute_uri(uri))
     monitor.start()
     return monitor
+
+
+def _watching() -> bool:
+    return any(thread.name == "SystemMetricsMonitor" for thread in threading.enumerate())
+
+
+def refuse_silent(uri: str) -> None:
+    """RemoteError if no MLflow answers at an http address; what it thinks of our password is told when it is used."""
+    if not uri.startswith("http"):
+        return
+    try:
+        urllib.request.urlopen(redact(uri).rstrip("/") + "/health", timeout=5).close()
+    except (OSError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
+            return
+        cure = "start it, or go on with --offline: what it missed is sent by the next run or command that reaches it"
+        raise RemoteError(f"MLflow does not answer ({type(error).__name__})", where=redact(uri), cure=cure) from error
 
 
 @contextlib.contextmanager

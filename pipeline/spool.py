@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,27 +15,42 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+SPOOL_BYTES = 1 << 26
+"""Bound of one spool file: 64 MiB, a quarter of a million status lines."""
+
+PORTION = 1 << 18
+"""Bytes of a spool that are in memory at a time."""
+
 
 class Spool:
     """An append-only file of JSON lines, cut back to its last whole line when it is opened.
 
-    Rows survive a kill of the process (they are handed to the system one write a row, before `append` returns).
+    Rows survive a kill of the process (they are handed to the system one write a row, before `append` returns). It is
+    bounded: a row that would make it longer than `limit` bytes is refused.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, limit: int = SPOOL_BYTES) -> None:
+        self.path, self._limit = path, limit
         self._lock = threading.Lock()
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        self._length = path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(self._length)
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add one row; threads may call this at the same time."""
+    def append(self, row: Mapping[str, Any]) -> bool:
+        """Add one row; False where there is no room for it. Threads may call this at the same time."""
+        data = canonical_json(dict(row))
         with self._lock:
-            self._file.write(canonical_json(dict(row)))
+            if self._length + len(data) > self._limit:
+                return False
+            self._length += self._file.write(data)
+            return True
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> Iterator[Row]:
         """Every row so far."""
-        return Cursor(self).pending()
+        cursor = Cursor(self)
+        while rows := cursor.pending():
+            yield from rows
+            cursor.advance(rows)
 
     def close(self) -> None:
         """Append no more; reading goes on."""
@@ -52,10 +67,17 @@ class Cursor:
         """Rows before the cursor."""
 
     def pending(self) -> list[Row]:
-        """The rows behind the cursor, oldest first; a line still being written is not one of them."""
+        """The next rows behind the cursor, oldest first, about `PORTION` bytes; none is one still being written."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            return parse_rows(file.read())
+            data = file.read(PORTION)
+            return parse_rows(data if b"\n" in data else data + file.readline())
+
+    def left(self) -> int:
+        """How many rows lie behind the cursor."""
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            return sum(line.endswith(b"\n") for line in file)
 
     def advance(self, rows: list[Row]) -> None:
         """Move behind `rows`, the oldest of those pending."""
@@ -68,7 +90,7 @@ def parse_rows(data: bytes) -> list[Row]:
     return [json.loads(line) for line in data.splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def last_positions(rows: list[Row]) -> dict[str, int]:
+def last_positions(rows: Iterable[Row]) -> dict[str, int]:
     """Metric rows -> the last position (images seen) at which each key was recorded."""
     return {key: row["images"] for row in rows for key in row["metrics"]}
 

@@ -2,7 +2,8 @@
 
 The run folder is the truth and is readable with every server down: `metrics.jsonl` (one row a call of `log`),
 `events.jsonl` (what happened), `samples/` (pictures). MLflow is a copy of it. Training appends a line and goes on; it
-never waits for MLflow and never fails because of it.
+never waits for MLflow and never fails because of it. Both files are bounded (pipeline/spool.py); a full one is said
+once, on standard error.
 
 Exactly once, whatever is killed and whenever:
 
@@ -23,6 +24,7 @@ import json
 import math
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -69,6 +71,7 @@ class Tracker:
     def __init__(self, run: Storage, config: TrackingConfig, name: str, rank: int = 0) -> None:
         self._run, self._config, self._name, self._active = run, config, name, rank == 0
         self._drain: Drain | None = None
+        self._full: set[Path] = set()
         if not self._active:
             return
         self._scratch = None if run.local else Path(tempfile.mkdtemp(prefix="glow-spool-"))
@@ -96,14 +99,12 @@ class Tracker:
         for key in [key for key, value in fresh.items() if not math.isfinite(value)]:
             self.event("nonfinite", images=images, key=key, value=str(fresh.pop(key)))
         if fresh:
-            self._metrics.append({"images": images, "time": _now(), "metrics": fresh})
-            self._notify()
+            self._append(self._metrics, {"images": images, "time": _now(), "metrics": fresh})
 
     def event(self, kind: str, **fields: Any) -> None:
         """Record that something happened."""
         if self._active:
-            self._events.append({"kind": kind, "time": _now(), **fields})
-            self._notify()
+            self._append(self._events, {"kind": kind, "time": _now(), **fields})
 
     def image(self, key: str, images: int, picture: Path | Image) -> None:
         """Keep a picture as samples/images-NNNNNNNN-KEY.png and show it in MLflow's image grid."""
@@ -137,7 +138,10 @@ class Tracker:
             shutil.rmtree(self._scratch)
         self._active = False
 
-    def _notify(self) -> None:
+    def _append(self, spool: Spool, row: Row) -> None:
+        if not spool.append(row) and spool.path not in self._full:
+            self._full.add(spool.path)
+            print(f"warning: {spool.path} is full; what follows is not recorded", file=sys.stderr)
         if self._drain is not None:
             self._drain.wake.set()
 
@@ -174,7 +178,7 @@ class Drain(threading.Thread):
         self.wake.set()
         self.join(timeout)
         self._abandoned.set()
-        return len(self._metrics.pending())
+        return self._metrics.left()
 
     def _attempt(self, last: bool) -> None:
         try:
@@ -195,12 +199,13 @@ class Drain(threading.Thread):
         while rows := _portion(self._metrics.pending()):
             target.send(rows, self._metrics.count + len(rows))
             self._metrics.advance(rows)
-        for event in self._events.pending():
-            if event["kind"] == "picture":
-                target.show(event, self._run.read(event["file"]))
-            elif event["kind"] == "artifact":
-                target.upload(event["file"], self._run.read(event["file"]))
-            self._events.advance([event])
+        while events := self._events.pending():
+            for event in events:
+                if event["kind"] == "picture":
+                    target.show(event, self._run.read(event["file"]))
+                elif event["kind"] == "artifact":
+                    target.upload(event["file"], self._run.read(event["file"]))
+                self._events.advance([event])
 
 
 def run_key(run: Storage) -> str:

@@ -13,16 +13,15 @@ import os
 import re
 import shutil
 import tempfile
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.cluster.jobs import refuse_second, translated
 from pipeline.config import TrainConfig, refuse_impossible, write_config
-from pipeline.errors import ConfigError, ConflictError, RemoteError
+from pipeline.errors import ConfigError, ConflictError
 from pipeline.manifest import open_manifest
+from pipeline.mlflow_run import refuse_silent
 from pipeline.storage import Storage, canonical_json, open_storage, sha256_file, sha256_hex
 
 if TYPE_CHECKING:
@@ -67,24 +66,12 @@ def prepared(config: TrainConfig) -> TrainConfig:
         if not address.startswith("s3://"):
             raise ConfigError(f"{name} is {address!r}, which the nodes may not see", cure="an s3:// prefix")
     open_manifest(open_storage(config.data.prefix))
-    if uri.startswith("http"):
-        refuse_silent(uri)
+    refuse_silent(uri)
     return replace(
         config,
         tracking=replace(config.tracking, uri=uri),
         cluster=replace(config.cluster, address="auto"),
     )
-
-
-def refuse_silent(uri: str) -> None:
-    """RemoteError if no MLflow answers there; what it thinks of our password is told when it is used."""
-    try:
-        urllib.request.urlopen(uri.rstrip("/") + "/health", timeout=5).close()
-    except urllib.error.HTTPError:
-        return
-    except (OSError, ValueError) as error:
-        raise RemoteError(f"MLflow does not answer ({type(error).__name__})", where=uri,
-                          cure="start it, or train without: --tracking.uri ''") from error  # fmt: skip
 
 
 def pack(folder: Path) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from jobs import evaluate, models
-from pipeline.errors import GateError, UsageError
+from pipeline.errors import DataError, GateError, UsageError
 from pipeline.export import export_model, read_run
+from pipeline.lineage import findings
 from pipeline.manifest import open_manifest
 from pipeline.registry import ModelRegistry, load_model
 from pipeline.storage import canonical_json, open_storage
@@ -85,9 +87,64 @@ def test_another_champion_is_compared_on_the_same_images(
     with pytest.raises(GateError, match="bits_per_dim"):
         models.main(["promote", "faces", "2", "--uri", uri, "--data", str(trained().data)])
     assert "FAILED" in capsys.readouterr().out
-    forced = ["--force-gate", "bits_per_dim", "--force-gate", "worst_class", "--reason", "to see"]
+    gates = ["bits_per_dim", "worst_class", "lineage"]
+    forced = [word for gate in gates for word in ("--force-gate", gate)] + ["--reason", "to see"]
     assert models.main(["promote", "faces", "2", "--uri", uri, "--data", str(trained().data), *forced]) == 0
     assert ModelRegistry(uri).resolve("faces", "champion") == 2
+    capsys.readouterr()
+
+    assert models.main(["compare", "faces", "champion", "champion", "--uri", uri, "--data", str(trained().data)]) == 0
+    assert "difference   +0.00000 ± 0.00000  20 images  equal" in capsys.readouterr().out
+    assert models.main(["compare", "faces", "1", "2", "--uri", uri, "--data", str(trained().data), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["one"], found["other"], found["bits_per_dim"]["images"]) == (1, 2, 20)
+    assert found["bits_per_dim"]["mean"] > 2 * found["bits_per_dim"]["stderr"] > 0
+
+    assert models.main(["rollback", "faces", "--uri", uri, "--reason", "seen"]) == 0
+    assert "models:/faces@champion is now version 1 (ledger entry 3)" in capsys.readouterr().out
+    assert models.main(["history", "faces", "--uri", uri]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[2:6] for line in lines] == [
+        ["champion", "-", "->", "1"], ["champion", "1", "->", "2"], ["champion", "2", "->", "1"]
+    ]  # fmt: skip
+    assert "forced bits_per_dim, worst_class, lineage  to see" in lines[1]
+    assert lines[2].endswith("1 of 1 gates  seen")
+    assert models.main(["history", "faces", "--uri", uri, "--json"]) == 0
+    assert [json.loads(line)["reason"] for line in capsys.readouterr().out.splitlines()] == ["", "to see", "seen"]
+
+
+def test_verify_checks_digests_golden_pixels_and_the_ledger(
+    uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy_of_run(tmp_path)
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    assert models.main(["promote", "faces", "1", "--uri", uri]) == 0
+    capsys.readouterr()
+    assert models.main(["verify", "models:/faces@champion", "--uri", uri]) == 0
+    out = capsys.readouterr().out
+    assert "golden pixels: bit-equal (the same torch build and processor)" in out
+    assert "ledger: 1 entries, their chain is whole" in out
+    ModelRegistry(uri).client.set_registered_model_alias("faces", "other", "1")  # nothing to the ledger
+    ModelRegistry(uri).client.delete_registered_model_alias("faces", "champion")
+    with pytest.raises(UsageError):
+        models.main(["verify", "models:/faces/1", "--uri", uri])
+    (run / "model" / "golden.safetensors").write_bytes(b"?")
+    with pytest.raises(DataError, match=r"golden\.safetensors: length"):
+        models.main(["verify", str(run / "model")])
+
+
+def test_lineage_that_is_no_longer_so_is_a_failed_gate(uri: str, tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    registry = ModelRegistry(uri)
+    loaded, tags = registry.load("faces", 1), registry.tags("faces", 1)
+    assert findings(loaded, tags) == ()
+    assert findings(loaded, {}) == ("no glow.run is recorded",)
+    assert findings(loaded, tags | {"fingerprint": "0" * 64})[0].startswith("the run's fingerprint: recorded 000000")
+    shutil.rmtree(run / "checkpoints")
+    assert "no checkpoint yet" in findings(loaded, tags)[0]
+    with pytest.raises(GateError, match="lineage"):
+        models.main(["promote", "faces", "1", "--uri", uri])
 
 
 def register_spoilt(model: str, folder: Path, uri: str) -> None:
@@ -148,9 +205,9 @@ def test_evaluate_writes_a_report_for_runs_and_models(tmp_path: Path, capsys: py
     assert files(run) == before
 
 
-@pytest.mark.parametrize("arguments", [["register", "--help"], ["promote", "--help"], ["--help"]])
-def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["", "register", "promote", "rollback", "history", "compare", "verify"])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        models.main(arguments)
+        models.main([*command.split(), "--help"])
     assert left.value.code == 0
     assert "usage: python -m jobs models" in capsys.readouterr().out
