@@ -2,19 +2,24 @@
 
   python -m jobs evaluate runs/faces
   python -m jobs evaluate models:/faces@champion --data datasets/faces --report report.html
+  python -m jobs evaluate runs/faces --beside models:/faces@champion --workers 2
 
 For a run the review is kept in RUN/eval/, where promotion finds it, and shown in MLflow.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 if TYPE_CHECKING:
+    from pipeline.config import TrainConfig
+    from pipeline.evaluate import Evaluation
     from pipeline.report import Report
     from pipeline.review import Subject
 
@@ -34,6 +39,8 @@ def evaluate(
     data: str = "",
     report: str = "",
     temperature: float = 0.7,
+    beside: str = "",
+    workers: int = 0,
     uri: str = "",
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
@@ -46,9 +53,12 @@ def evaluate(
         data: Prefix of the dataset; empty takes the one the run learned from. A model needs it.
         report: HTML file to write, with the same as JSON beside it.
         temperature: Of the sample grid.
+        beside: A model, the champion say, whose samples of the same seeds the report shows too.
+        workers: Ray workers that share the images; 0 evaluates in this process. The figures are the same.
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
         dry_run: Open everything, say what would be evaluated, write nothing.
     """
+    from pipeline.registry import load_model
     from pipeline.review import keep_review, open_subject, review
 
     subject = open_subject(target, data, uri)
@@ -63,7 +73,8 @@ def evaluate(
     if dry_run:
         print(f"dry run: would write {' and '.join(places) or 'nothing'}")
         return 0
-    found = review(subject, split, max_images, temperature)
+    shared = _on_ray(subject, target, split, max_images, uri, workers) if workers else None
+    found = review(subject, split, max_images, temperature, shared, load_model(beside, uri) if beside else None)
     if subject.run:
         keep_review(subject.run, found)
         show_in_mlflow(subject, found)
@@ -72,6 +83,30 @@ def evaluate(
     _print(found)
     print("\n".join(f"report: {place}" for place in places))
     return 0
+
+
+def _on_ray(subject: Subject, target: str, split: str, images: int, uri: str, workers: int) -> dict[str, Evaluation]:
+    """The evaluation shared by Ray workers, each of which opens the target by itself."""
+    from jobs import cluster
+
+    config = replace(subject.config, cluster=replace(subject.config.cluster, workers=workers))
+    work = functools.partial(evaluate_share, target=target, split=split, images=images, uri=uri)
+    return cluster.train(config, lambda row: print(row["event"]) if "event" in row else None, work)
+
+
+def evaluate_share(
+    config: TrainConfig, report: object, stop: object, *, target: str, split: str, images: int, uri: str
+) -> dict[str, Evaluation]:
+    """What one worker does; every one gets the figures of all."""
+    import torch
+
+    from pipeline.review import evaluated, open_subject
+    from pipeline.world import World, joined
+
+    torch.set_num_threads(config.cluster.threads)
+    world = World.from_environment()
+    with joined(world):
+        return evaluated(open_subject(target, config.data.prefix, uri), split, images, world)
 
 
 def _write(path: Path, found: Report) -> None:
@@ -90,7 +125,11 @@ def _print(found: Report) -> None:
     for name, figure in figures.items():
         beside = f"   model / {name} = {mine / figure.mean:.3f}" if name in found.codecs else ""
         print(f"{name:12} {figure.mean:8.4f} ± {figure.stderr:.4f} bits/dim{beside}")
-    print(f"{'round trip':12} {found.main.round_trip:8.1e}")
+    print(f"{'round trip':12} {found.main.round_trip:8.1e}, {found.main.exact:.0%} of the images exact to the bit")
+    least = min((level.p for level in found.own_samples), default=1.0)
+    print(f"{'own samples':12} {least:8.2f} is the least p of a level against the standard normal")
+    if found.neighbours:
+        print(f"{'memorised':12} {found.neighbours.ratio:8.2f} x the held-out distance to the nearest training image")
 
 
 def show_in_mlflow(subject: Subject, found: Report) -> None:

@@ -61,6 +61,19 @@ def histogram(values: Sequence[float], marker: float, name: str, bins: int = 28)
     return _svg(body, name)
 
 
+def columns(counts: Sequence[int], width: int = 220, height: int = 44) -> str:
+    """Counts of equal bins as columns, small, with a line at what an equal share would be."""
+    tall, wide = 2 * sum(counts) / max(len(counts), 1), width / max(len(counts), 1)
+    body = []
+    for index, count in enumerate(counts):
+        high = min(height, height * count / max(tall, 1))
+        corner = f'x="{index * wide + 0.5:.1f}" y="{height - high:.1f}"'
+        body.append(f'<rect class="column" {corner} width="{wide - 1:.1f}" height="{high:.1f}"/>')
+    body.append(f'<line class="mark" x1="0" y1="{height / 2}" x2="{width}" y2="{height / 2}"/>')
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    return f'<svg {size} role="img" aria-label="histogram">{"".join(body)}</svg>'
+
+
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers that enclose [low, high]."""
     raw = max(high - low, 1e-6) / about

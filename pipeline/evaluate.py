@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glow import Glow, bits_per_dim, quantize
+from glow import Glow, bits_per_dim, quantize, to_pixels
 from pipeline.learner import Examples
 from pipeline.stream import Batch, Stream
+from pipeline.uniformity import COLUMNS, Uniformity, summarised, transform
 from pipeline.world import World, gather_ordered
 
 NOISE_SEED = 0
@@ -64,6 +65,12 @@ class Evaluation:
     """Of the classes that occur."""
     round_trip: float
     """Largest |decode(encode(x)) - x| of the first images, x spanning 1; -1 where not taken, nan where broken."""
+    exact: float = -1.0
+    """Share of those images of which every n-bit pixel comes back as it was; -1 where not taken."""
+    latent_round_trips: tuple[float, ...] = ()
+    """Largest |encode(decode(z)) - z| of every level over those images' latents z."""
+    pit: tuple[Uniformity, ...] = ()
+    """Phi of every level's latents of those images; uniform where the model is right."""
     values: tuple[float, ...]
     """Of every image, in the order of the split."""
     labels: tuple[int, ...]
@@ -89,13 +96,15 @@ def evaluate(
     """Evaluate the first `images` (0: all) of a stream in natural order; collective, every rank gets the result.
 
     `labels` are the class names; images without a label count for no class. The first `round_trip` images are also
-    encoded and decoded again, in float rounding a property of the model more than of the image.
+    encoded, decoded and encoded again: what rounding does there is a property of the model more than of the image.
     """
     count = min(images or stream.samples, stream.samples)
-    rows = [_measured(model, examples, part, round_trip) for part in _own_batches(stream, world, count, batch)]
-    width = 3 + model.config.levels + 1
-    own = torch.cat(rows) if rows else torch.zeros(0, width, dtype=torch.float64)
-    return _summarised(gather_ordered(world, own), model.dims, bits, labels)
+    parts = [_measured(model, examples, part, bits, round_trip) for part in _own_batches(stream, world, count, batch)]
+    levels = len(model.latent_shapes())
+    widths = (3 + levels, 2 + levels + COLUMNS * levels)
+    none = [torch.zeros(0, width, dtype=torch.float64) for width in widths]
+    whole, looked = (gather_ordered(world, torch.cat(rows)) for rows in zip(none, *parts, strict=True))
+    return _summarised(whole, looked, model.dims, bits, labels)
 
 
 def validation_bits(model: Glow, examples: Examples, stream: Stream, world: World, images: int, bits: int) -> Tensor:
@@ -148,25 +157,47 @@ def _own_batches(stream: Stream, world: World, count: int, batch: int) -> Iterat
 
 
 @torch.no_grad()
-def _measured(model: Glow, examples: Examples, batch: Batch, round_trip: int) -> Tensor:
-    """Float64 [b, 3 + levels + 1]: log_prob, log_det, every level's prior (nats), label, round trip error or -1."""
+def _measured(model: Glow, examples: Examples, batch: Batch, bits: int, round_trip: int) -> tuple[Tensor, Tensor]:
+    """Float64 tables of a batch: of every image its log_prob, log_det, every level's prior (nats) and label; and of
+    those that go to the latents and back (none or all) what `_round_trips` says.
+    """
     x, label, attributes = examples.of(batch, NOISE_SEED)
     terms = model.terms(x, label, attributes)
-    error = torch.full_like(terms.log_prob, -1.0)
-    if int(batch.samples[0]) < round_trip:
-        again = model.decode(model.encode(x, label, attributes), label, attributes)
-        error = (again - x).abs().flatten(1).amax(1)
-    columns = [terms.log_prob, terms.log_det, *terms.priors, batch.labels.to(x.device), error]
-    return torch.stack([column.double() for column in columns], dim=1).cpu()
+    columns = [terms.log_prob, terms.log_det, *terms.priors, batch.labels.to(x.device)]
+    table = torch.stack([column.double() for column in columns], dim=1).cpu()
+    looked = min(len(x), max(0, round_trip - int(batch.samples[0])))
+    part = [None if whole is None else whole[:looked] for whole in (label, attributes)]
+    return table, _round_trips(model, x[:looked], batch.pixels[:looked], bits, *part)
 
 
-def _summarised(table: Tensor, dims: int, bits: int, names: Sequence[str]) -> Evaluation:
+def _round_trips(
+    model: Glow, x: Tensor, pixels: Tensor, bits: int, label: Tensor | None, attributes: Tensor | None
+) -> Tensor:
+    """Float64 [b, 2 + levels + COLUMNS * levels]: error of x, whether every pixel is the same, of latents, PIT."""
+    if len(x) == 0:
+        levels = len(model.latent_shapes())
+        return torch.zeros(0, 2 + levels + COLUMNS * levels, dtype=torch.float64)
+    latents = model.encode(x, label, attributes)
+    again = model.decode(latents, label, attributes)
+    pairs = zip(model.encode(again, label, attributes), latents, strict=True)
+    errors = [_largest(again - x), *(_largest(back - there) for back, there in pairs)]
+    same = (quantize(to_pixels(again, bits).cpu(), bits) == quantize(pixels, bits)).flatten(1).all(1)
+    first = torch.stack([errors[0], same.to(x), *errors[1:]], dim=1)
+    return torch.cat([first.double().cpu(), transform(latents)], dim=1)
+
+
+def _largest(difference: Tensor) -> Tensor:
+    return difference.abs().flatten(1).amax(1)
+
+
+def _summarised(table: Tensor, looked: Tensor, dims: int, bits: int, names: Sequence[str]) -> Evaluation:
     values = bits_per_dim(table[:, 0], dims, bits).tolist()
-    labels = [int(label) for label in table[:, -2]]
-    shares = (table[:, 1:-2].mean(0) / (-math.log(2) * dims)).tolist()
+    labels = [int(label) for label in table[:, -1]]
+    shares = (table[:, 1:-1].mean(0) / (-math.log(2) * dims)).tolist()
     by_class = {
         name: [v for v, label in zip(values, labels, strict=True) if label == i] for i, name in enumerate(names)
     }
+    levels = len(shares) - 1
     return Evaluation(
         bits=bits,
         bits_per_dim=Figure.of(values),
@@ -174,7 +205,10 @@ def _summarised(table: Tensor, dims: int, bits: int, names: Sequence[str]) -> Ev
         priors=tuple(shares[1:]),
         class_names=tuple(names),
         classes={name: Figure.of(found) for name, found in by_class.items() if found},
-        round_trip=float(table[:, -1].max()),
         values=tuple(values),
         labels=tuple(labels),
+        round_trip=float(looked[:, 0].max()) if len(looked) else -1.0,
+        exact=float(looked[:, 1].mean()) if len(looked) else -1.0,
+        latent_round_trips=tuple(looked[:, 2 : 2 + levels].amax(0).tolist()) if len(looked) else (),
+        pit=summarised(looked[:, 2 + levels :]) if len(looked) else (),
     )

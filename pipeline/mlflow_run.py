@@ -119,10 +119,12 @@ def connect(uri: str) -> MlflowClient:
     """A client whose calls give up after seconds; MLflow's own defaults wait for four minutes."""
     for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)  # MLflow offers no other way
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is nothing to tell anybody
     uri = absolute_uri(uri)
     _lay_database(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

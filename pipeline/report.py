@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from pipeline.charts import Points, curve, histogram
+from pipeline.charts import Points, columns, curve, histogram
 from pipeline.evaluate import Evaluation, Figure
 from pipeline.gates import Result
+from pipeline.neighbours import Neighbours
 from pipeline.spool import Row
+from pipeline.uniformity import Kolmogorov
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -42,6 +44,10 @@ class Report:
     evaluations: Mapping[str, Evaluation]
     codecs: Mapping[str, Figure]
     """Bits per dimension of "png" and "webp" files of the same pixels."""
+    own_samples: Sequence[Kolmogorov] = ()
+    """Of every level: whether the latents found in the model's own samples are standard normal."""
+    neighbours: Neighbours | None = None
+    """How near samples come to training images."""
     curves: Mapping[str, Points] = field(default_factory=dict)
     """"train" and "val": (images seen, bits per dimension)."""
     pictures: Sequence[Picture] = ()
@@ -74,6 +80,9 @@ def as_json(report: Report) -> dict[str, Any]:
         "data": report.data,
         "evaluations": {name: asdict(found) for name, found in report.evaluations.items()},
         "codecs": {name: asdict(found) for name, found in report.codecs.items()},
+        "own_samples": [asdict(found) for found in report.own_samples],
+        "neighbours": asdict(report.neighbours) if report.neighbours else None,
+        "fid": {"value": None, "reason": "no weights of a feature network were given"},
         "curves": {name: [list(point) for point in points] for name, points in report.curves.items()},
         "gates": [asdict(result) for result in report.gates],
         "lineage": dict(report.lineage),
@@ -85,6 +94,7 @@ def as_html(report: Report) -> str:
     """The report as one page: no scripts, no requests, light and dark."""
     style = resources.files("pipeline").joinpath("report.css").read_text(encoding="utf-8")
     cards = [_headline(report), _comparison(report), *_charts(report), _terms(report.main), _classes(report.main)]
+    cards += [_uniformity(report), _round_trips(report.main)]
     cards += [_picture(*picture) for picture in report.pictures]
     cards += [_gates(report.gates), _lineage(report.lineage)]
     lead = (
@@ -173,6 +183,38 @@ def _terms(evaluation: Evaluation) -> str:
     exact = f"decode(encode(x)) differs from x by at most {error:.1e}." if error >= 0 else ""
     note = f"Where the bits go, level 1 being the finest. {exact}"
     return _card("Terms", note, _table('<tr><th></th><th class="n">bits/dim</th><th></th></tr>', rows), "half")
+
+
+def _uniformity(report: Report) -> str:
+    if not report.main.pit:
+        return ""
+    tests = dict(enumerate(report.own_samples))
+    rows = "".join(
+        f'<tr><td>level {level}</td><td class="pit">{columns(found.counts)}</td>'
+        f'<td class="n">{found.mean:.3f}</td><td class="n">{12 * found.variance:.3f}</td>'
+        f'<td class="n">{tests[level - 1].p if level - 1 in tests else math.nan:.2f}</td></tr>'
+        for level, found in enumerate(report.main.pit, start=1)
+    )
+    head = (
+        '<tr><th></th><th>Φ of held-out latents</th><th class="n">mean</th><th class="n">12 × var.</th>'
+        '<th class="n">own p</th></tr>'
+    )
+    note = (
+        "Flat, with mean 0.5 and 12 × variance 1, where the model is right; a hump: the latents of the data are "
+        "narrower than it takes them for, a bowl: wider. Own p: Kolmogorov and Smirnov's test on its own samples."
+    )
+    return _card("Data to the standard normal", note, _table(head, rows), "half")
+
+
+def _round_trips(evaluation: Evaluation) -> str:
+    if not evaluation.latent_round_trips:
+        return ""
+    named = {"pixels, decode(encode(x)) − x": evaluation.round_trip}
+    named |= {f"latents of level {i}": error for i, error in enumerate(evaluation.latent_round_trips, start=1)}
+    rows = "".join(f'<tr><td>{name}</td><td class="n">{error:.1e}</td></tr>' for name, error in named.items())
+    rows += f'<tr><td>images exact to the bit</td><td class="n">{evaluation.exact:.1%}</td></tr>'
+    head = '<tr><th></th><th class="n">largest error</th></tr>'
+    return _card("There and back", "Float32 rounding, over the first held-out images.", _table(head, rows), "half")
 
 
 def _classes(evaluation: Evaluation) -> str:

@@ -18,16 +18,21 @@ from pipeline.config import DataConfig, TrainConfig
 from pipeline.errors import ConfigError, UsageError
 from pipeline.evaluate import NOISE_SEED, Evaluation, codec_figures, evaluate
 from pipeline.export import lineage_of, natural_stream, read_run
-from pipeline.grids import attribute_columns, sample_grid, temperature_columns
+from pipeline.grids import attribute_columns, grid, sample_grid, temperature_columns
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.model import LoadedModel, weights_of
+from pipeline.neighbours import Neighbours, nearest
 from pipeline.registry import load_model
 from pipeline.report import Picture, Report, as_html, as_json, loss_curves
+from pipeline.sampling import Condition, sample
 from pipeline.spool import Row, parse_rows
 from pipeline.storage import MissingError, Storage, canonical_json, open_storage, sha256_hex
 from pipeline.stream import Stream
+from pipeline.uniformity import own_samples
 from pipeline.world import World
+
+OWN_SEEDS, NEIGHBOUR_SEEDS = 64, 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,12 +99,14 @@ def subject_of_model(loaded: LoadedModel, data: str = "", title: str = "") -> Su
     )
 
 
-def evaluate_subject(subject: Subject, stream: Stream, images: int = 0) -> dict[str, Evaluation]:
-    """Evaluate every set of weights on the first `images` (0: all) of a stream."""
+def evaluate_subject(
+    subject: Subject, stream: Stream, images: int = 0, world: World | None = None
+) -> dict[str, Evaluation]:
+    """Evaluate every set of weights on the first `images` (0: all) of a stream; collective."""
     inputs = Examples(subject.config, subject.manifest, torch.device("cpu"))
     bits, names = subject.config.data.bits, subject.manifest.labels
     return {
-        name: evaluate(model, inputs, stream, World(), bits=bits, labels=names, images=images)
+        name: evaluate(model, inputs, stream, world or World(), bits=bits, labels=names, images=images)
         for name, model in subject.models.items()
     }
 
@@ -114,20 +121,67 @@ def evaluate_model(loaded: LoadedModel, data: str, split: str, digest: str) -> E
         return evaluate_subject(subject, stream)["ema"]
 
 
-def review(subject: Subject, split: str, images: int = 0, temperature: float = 0.7) -> Report:
-    """Everything a reviewer is shown about a subject."""
+def evaluated(subject: Subject, split: str, images: int = 0, world: World | None = None) -> dict[str, Evaluation]:
+    """Every set of weights on the first images of a split; collective, every rank gets all of it."""
     with natural_stream(subject.manifest, split, subject.config.data) as stream:
+        return evaluate_subject(subject, stream, images, world)
+
+
+def review(
+    subject: Subject,
+    split: str,
+    images: int = 0,
+    temperature: float = 0.7,
+    evaluations: Mapping[str, Evaluation] | None = None,
+    beside: LoadedModel | None = None,
+) -> Report:
+    """Everything a reviewer is shown about a subject.
+
+    `evaluations`: what others found already (workers); `beside`: a model, the champion say, whose samples of the same
+    seeds and conditions are shown too.
+    """
+    data = subject.config.data
+    with (
+        natural_stream(subject.manifest, split, data) as stream,
+        natural_stream(subject.manifest, data.train, data) as training,
+    ):
+        found, picture = _memorised(subject, stream, training, temperature)
         return Report(
             title=subject.title,
             split=split,
             samples=stream.samples,
             data=subject.manifest.digest,
-            evaluations=evaluate_subject(subject, stream, images),
-            codecs=codec_figures(stream, subject.config.data.bits, images),
+            evaluations=evaluations or evaluate_subject(subject, stream, images),
+            codecs=codec_figures(stream, data.bits, images),
+            own_samples=own_samples(subject.main, range(OWN_SEEDS), _conditions(subject, stream, OWN_SEEDS)),
+            neighbours=found,
             curves=loss_curves(_rows(subject.run)),
-            pictures=_pictures(subject, stream, temperature),
+            pictures=[*_pictures(subject, stream, temperature, beside), picture],
             lineage=subject.lineage,
         )
+
+
+def _conditions(subject: Subject, stream: Stream, count: int) -> Condition:
+    """The conditions of the first images of a stream, over and over."""
+    inputs = Examples(subject.config, subject.manifest, torch.device("cpu"))
+    rows = np.arange(count) % stream.samples
+    return inputs.of(stream.fetch(rows), NOISE_SEED)[1:]
+
+
+def _memorised(subject: Subject, stream: Stream, training: Stream, heat: float) -> tuple[Neighbours, Picture]:
+    """The nearest training images of samples under held-out conditions, as figures and as a picture."""
+    count = min(NEIGHBOUR_SEEDS, stream.samples)
+    held_out = stream.fetch(np.arange(count)).pixels
+    samples = sample(subject.main, subject.config.data.bits, range(count), heat, _conditions(subject, stream, count))
+    found = nearest(samples, held_out, training)
+    shown = min(8, count)
+    beneath = training.fetch(np.asarray(found.nearest[:shown])).pixels
+    columns = [torch.stack(pair) for pair in zip(samples[:shown], beneath, strict=True)]
+    note = (
+        f"Above, samples; beneath each the nearest of {found.searched} training images. Samples lie {found.ratio:.2f} "
+        "times as far from them as held-out images do (medians); copies would lie near 0."
+    )
+    return found, Picture("Nearest training images", note, grid(columns, [], ["sample", "nearest"]))
 
 
 def keep_review(run: Storage, report: Report) -> None:
@@ -164,16 +218,15 @@ def _rows(run: Storage | None) -> list[Row]:
         return []
 
 
-def _pictures(subject: Subject, stream: Stream, temperature: float) -> Sequence[Picture]:
-    inputs = Examples(subject.config, subject.manifest, torch.device("cpu"))
+def _pictures(subject: Subject, stream: Stream, temperature: float, beside: LoadedModel | None) -> Sequence[Picture]:
     model, bits = subject.main, subject.config.data.bits
-    base = inputs.of(stream.fetch(np.arange(min(4, stream.samples))), NOISE_SEED)[1:]
     seeds = range(min(4, stream.samples))
+    base = _conditions(subject, stream, len(seeds))
     editable = subject.manifest.editable
     asked = ["", *(f"+{name}" for name in editable[:6])] if subject.config.model.attributes > 0 else [""]
     columns = attribute_columns(subject.config.model, editable, base, asked)
     heats = temperature_columns((0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), base)
-    return (
+    pictures = [
         Picture(
             "Samples",
             f"Rows: fixed seeds, conditions of held-out images. Columns: one attribute asked for. T = {temperature:g}.",
@@ -184,4 +237,9 @@ def _pictures(subject: Subject, stream: Stream, temperature: float) -> Sequence[
             "The same seeds and conditions; latents are scaled by T before they are decoded.",
             sample_grid(model, bits, seeds[:2], heats, temperature),
         ),
-    )
+    ]
+    if beside is not None:
+        note = f"The same seeds, conditions and temperature by {beside.digest[:12]}, for comparison with the samples."
+        other = sample_grid(beside.model, beside.config.bits, seeds, columns, temperature)
+        pictures.insert(1, Picture("Beside", note, other))
+    return pictures

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import TrackingConfig, TrainConfig
 from pipeline.errors import ConflictError
 from pipeline.mlflow_run import Description, MlflowRun, redact
-from pipeline.spool import Cursor, Row, Spool, last_positions
+from pipeline.spool import SPOOL_BYTES, Cursor, Row, Spool, last_positions
 from pipeline.storage import Storage, canonical_json
 
 if TYPE_CHECKING:
@@ -65,10 +65,13 @@ RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0)
 class Tracker:
     """One run as people and MLflow see it; on ranks other than 0 every method does nothing.
 
-    `run` is the run's folder or prefix. With an empty `config.uri` only the run folder is written.
+    `run` is the run's folder or prefix, `room` the bound of each of its two files in bytes. With an empty `config.uri`
+    only the run folder is written.
     """
 
-    def __init__(self, run: Storage, config: TrackingConfig, name: str, rank: int = 0) -> None:
+    def __init__(
+        self, run: Storage, config: TrackingConfig, name: str, rank: int = 0, room: int = SPOOL_BYTES
+    ) -> None:
         self._run, self._config, self._name, self._active = run, config, name, rank == 0
         self._drain: Drain | None = None
         self._full: set[Path] = set()
@@ -77,7 +80,7 @@ class Tracker:
         self._scratch = None if run.local else Path(tempfile.mkdtemp(prefix="glow-spool-"))
         folder = run.local or _fetched(run, self._scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        self._metrics, self._events = Spool(folder / "metrics.jsonl"), Spool(folder / "events.jsonl")
+        self._metrics, self._events = Spool(folder / "metrics.jsonl", room), Spool(folder / "events.jsonl", room)
         self._recorded = last_positions(self._metrics.rows())
         self._pictures = {(row["key"], row["images"]) for row in self._events.rows() if row["kind"] == "picture"}
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from pipeline.config import DataConfig, TrackingConfig, TrainConfig
@@ -301,3 +302,31 @@ def test_means_are_means_since_the_last_take() -> None:
     means.add({"a": 3.0})
     assert means.take() == {"a": 2.0, "b": 5.0}
     assert means.take() == {}
+
+
+def test_a_full_spool_is_said_once_and_training_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spool = Spool(tmp_path / "rows.jsonl", limit=100)
+    taken = [spool.append({"n": number}) for number in range(20)]
+    assert taken == [True] * 12 + [False] * 8
+    assert spool.path.stat().st_size <= 100
+    assert [row["n"] for row in spool.rows()] == list(range(12))
+    spool.close()
+    tracker = Tracker(open_storage(str(tmp_path / "run")), TrackingConfig(), "full", room=200)
+    for images in range(1, 50):
+        tracker.log(images, {"a": 1.0})
+    tracker.close()
+    assert (tmp_path / "run" / "metrics.jsonl").stat().st_size <= 200
+    assert capsys.readouterr().err.count("metrics.jsonl is full; what follows is not recorded") == 1
+
+
+def test_a_long_backlog_is_read_in_portions(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "rows.jsonl")
+    for number in range(3000):
+        spool.append({"n": number, "text": "x" * 200})
+    cursor = Cursor(spool)
+    assert cursor.left() == 3000
+    assert 0 < len(cursor.pending()) < 1500
+    assert [row["n"] for row in spool.rows()] == list(range(3000))
+    spool.append({"n": 0, "text": "y" * (1 << 19)})
+    assert len(list(spool.rows())) == 3001
+    spool.close()
