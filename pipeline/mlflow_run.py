@@ -122,9 +122,10 @@ def connect(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+    for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a retry is nothing to tell anybody
+    for name in ("urllib3.connectionpool", "mlflow.system_metrics.system_metrics_monitor"):
+        logging.getLogger(name).setLevel(logging.ERROR)  # an outage is an event of the run, said once
     uri = absolute_uri(uri)
     _lay_database(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -190,7 +190,7 @@ def _uniformity(report: Report) -> str:
         return ""
     tests = dict(enumerate(report.own_samples))
     rows = "".join(
-        f'<tr><td>level {level}</td><td class="pit">{columns(found.counts)}</td>'
+        f'<tr><td>level&nbsp;{level}</td><td class="pit">{columns(found.counts)}</td>'
         f'<td class="n">{found.mean:.3f}</td><td class="n">{12 * found.variance:.3f}</td>'
         f'<td class="n">{tests[level - 1].p if level - 1 in tests else math.nan:.2f}</td></tr>'
         for level, found in enumerate(report.main.pit, start=1)

@@ -191,6 +191,8 @@ class Drain(threading.Thread):
             self._send(self._target)
             if last:
                 self._target.terminate(self._status)
+            if self._failures:
+                self._log.append({"kind": "mlflow reachable again", "time": _now()})
             self._failures = 0
         except Exception as error:  # noqa: BLE001 whatever MLflow, its transport or its database raise, training goes on
             self._failures += 1

@@ -78,6 +78,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         server.stop()
 
 
+@pytest.mark.timeout(900)
 def test_an_mlflow_that_comes_and_goes_is_never_waited_for_and_misses_nothing(server: Server, tmp_path: Path) -> None:
     run, config = open_storage(str(tmp_path / "run")), TrackingConfig(uri=server.uri)
     logged = 0
@@ -110,7 +111,8 @@ def test_an_mlflow_that_comes_and_goes_is_never_waited_for_and_misses_nothing(se
         log(tracker, 50)
         wait_for(lambda number=number: run.read("events.jsonl").count(b"mlflow unreachable") == number, 240)
         server.fail() if fault else server.start_proxy()
-        wait_for(arrived, 240)
+        wait_for(lambda number=number: run.read("events.jsonl").count(b"mlflow reachable") == number, 240)
+        assert arrived()
     tracker.close(timeout=240)
     run_id = only_run(server.uri)
     for key, share in (("train/bits_per_dim", 1.0), ("train/grad_norm", 0.5)):

@@ -60,7 +60,7 @@ def rows_of(path: Path) -> list[Row]:
         return spool.rows()
 
 
-def wait_for(found: Callable[[], bool], seconds: float = 60.0) -> None:
+def wait_for(found: Callable[[], bool], seconds: float = 240.0) -> None:
     """Wait until `found()` is true."""
     end = time.monotonic() + seconds
     while not found():
