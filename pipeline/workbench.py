@@ -33,15 +33,13 @@ from pipeline.errors import DataError, UsageError
 from pipeline.model import LoadedModel
 from pipeline.pictures import Target, inspect, load
 from pipeline.sampling import Condition, condition_of, one_thread
+from pipeline.sources.folder import SUFFIXES
 from pipeline.storage import Storage, canonical_json, open_storage
 
 UNKNOWN: Condition = (None, None)
 
 SEED = "seed:"
 """`seed:7` names the picture that sampling seed 7 draws."""
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm")
-"""What names of picture files end in."""
 
 SCHEMA = "1"
 
