@@ -10,8 +10,10 @@ from glow.bits import (
     sample_keys,
     to_pixels,
 )
+from glow.config import GlowConfig
 from glow.coupling import Coupling
-from glow.flow import Glow, GlowConfig, LogProb
+from glow.dequantizer import Dequantizer
+from glow.flow import Glow, LogProb
 from glow.latents import (
     attribute_directions,
     heat,
@@ -33,6 +35,7 @@ __all__ = [
     "Chain",
     "Coupling",
     "DenseMixing",
+    "Dequantizer",
     "Glow",
     "GlowConfig",
     "LUMixing",

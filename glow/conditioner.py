@@ -25,26 +25,32 @@ def border_mask(like: Tensor) -> Tensor:
     return F.pad(inside, (1, 1, 1, 1), value=1.0)
 
 
+def padded(x: Tensor) -> Tensor:
+    """x zero-padded by one pixel, [b, c, h, w] -> [b, c, h + 2, w + 2]."""
+    return F.pad(x, (1, 1, 1, 1))
+
+
 def padded_with_border(x: Tensor) -> Tensor:
     """x zero-padded by one pixel beside its border channel, [b, c, h, w] -> [b, c + 1, h + 2, w + 2]."""
     return torch.cat([F.pad(x, (1, 1, 1, 1)), border_mask(x).expand(x.shape[0], -1, -1, -1)], dim=1)
 
 
 class ZeroConv(nn.Module):
-    """A 3x3 convolution that starts at 0, with output scale exp(3 log_scale); the border channel has its own weight."""
+    """A 3x3 convolution that starts at 0, with output scale exp(3 log_scale); a border channel has its own weight."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, border: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(out_channels, channels, 3, 3))
-        self.border = nn.Parameter(torch.zeros(out_channels, 1, 3, 3))
+        self.border = nn.Parameter(torch.zeros(out_channels, 1, 3, 3)) if border else None
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, channels, h, w] -> [b, out_channels, h, w]."""
         scale = torch.exp(LOG_SCALE_FACTOR * self.log_scale)
-        edge = F.conv2d(border_mask(x), self.border * scale[:, None, None, None])
-        return F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1) + edge
+        edge = None if self.border is None else F.conv2d(border_mask(x), self.border * scale[:, None, None, None])
+        y = F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1)
+        return y if edge is None else y + edge
 
 
 class ConvConditioner(nn.Module):
@@ -54,13 +60,14 @@ class ConvConditioner(nn.Module):
     hidden map through a zero-initialised linear map, so the unconditional network is the starting point.
     """
 
-    def __init__(self, channels: int, out_channels: int, width: int, condition: int = 0) -> None:
+    def __init__(self, channels: int, out_channels: int, width: int, condition: int = 0, border: bool = True) -> None:
         super().__init__()
-        self.first = nn.Parameter(HIDDEN_STD * torch.randn(width, channels + 1, 3, 3))
+        self.padded = padded_with_border if border else padded
+        self.first = nn.Parameter(HIDDEN_STD * torch.randn(width, channels + border, 3, 3))
         self.norm_first = ActNorm(width)
         self.second = nn.Parameter(HIDDEN_STD * torch.randn(width, width, 1, 1))
         self.norm_second = ActNorm(width)
-        self.last = ZeroConv(width, out_channels)
+        self.last = ZeroConv(width, out_channels, border)
         self.condition = zero_linear(condition, width) if condition else None
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
@@ -69,7 +76,7 @@ class ConvConditioner(nn.Module):
         return self.last(hidden)
 
     def _first(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        hidden = folded_conv(padded_with_border(x), self.first, self.norm_first)
+        hidden = folded_conv(self.padded(x), self.first, self.norm_first)
         if self.condition is None or condition is None:
             return hidden
         return hidden + self.condition(condition)[:, :, None, None]
@@ -84,6 +91,17 @@ class ConvConditioner(nn.Module):
         reset(self.norm_first)
         self.norm_first.set_from(first_maps(), gather)
         self.norm_second.set_from((F.conv2d(F.relu(h), self.second) for h in first_maps()), gather)
+
+
+class MapConditioner(ConvConditioner):
+    """The same network with its condition a map beside its input, [b, context, h, w]."""
+
+    def __init__(self, channels: int, out_channels: int, width: int, context: int, border: bool = True) -> None:
+        super().__init__(channels + context, out_channels, width, border=border)
+
+    def _first(self, x: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        return super()._first(torch.cat([x, condition], dim=1), None)
 
 
 def folded_conv(x: Tensor, weight: Tensor, norm: ActNorm) -> Tensor:

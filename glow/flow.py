@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,54 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow.bijection import Chain, Gather
-from glow.coupling import Coupling, CouplingKind
-from glow.mixing import MixingKind, NormedMixing, make_mixing
+from glow.config import GlowConfig
+from glow.coupling import Coupling
+from glow.dequantizer import Dequantizer
+from glow.mixing import NormedMixing, make_mixing
 from glow.norm import ActNorm
-from glow.prior import GaussianPrior, SplitPrior, TopPrior
+from glow.prior import GaussianPrior, SplitPrior, TopPrior, zero_classifier
 from glow.shape import Squeeze
 
 
-@dataclass(frozen=True, kw_only=True)
-class GlowConfig:
-    """Everything that decides a Glow's parameters."""
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-    size: int = 0
-    """Image side in pixels; 0 takes it from the data."""
-    channels: int = 0
-    """Image channels; 0 takes them from the data."""
-    levels: int = 6
-    """Levels (L): each halves the side, all but the last factor half of the channels out."""
-    steps: int = 32
-    """Steps of flow a level (K)."""
-    width: int = 512
-    """Hidden channels of the couplings' networks."""
-    coupling: CouplingKind = "affine"
-    """affine scales and shifts; additive shifts alone."""
-    mixing: MixingKind = "lu"
-    """lu or dense 1x1 convolution; reverse or shuffle are the ablation of Glow's figure 3."""
-    classes: int = 0
-    """Class labels the model is conditioned on; 0 takes them from the data, -1 ignores them."""
-    attributes: int = 0
-    """Attributes (-1, 0 unknown, +1) the model is conditioned on; 0 takes them from the data, -1 ignores them."""
-    condition_splits: bool = False
-    """Condition the split priors too, not only the top prior as released."""
-    condition_steps: bool = False
-    """Condition every coupling's network too."""
-
-    @property
-    def condition_size(self) -> int:
-        """Length of the condition vector: one-hot label beside attributes."""
-        return max(self.classes, 0) + max(self.attributes, 0)
-
-
 class LogProb(NamedTuple):
-    """log p(x) and its terms, each [b] in nats: log_prob = log_det + sum(priors)."""
+    """log p(x) and its terms, each [b] in nats: log_prob = log_det + sum(priors) (+ dequantization in a bound)."""
 
     log_prob: Tensor
     log_det: Tensor
     priors: tuple[Tensor, ...]
     """Of every level, first level first."""
+    dequantization: Tensor | None = None
+    """-log q(u | x) of variational noise; None for uniform noise, whose density is 1."""
+    logits: Tensor | None = None
+    """What the classifier over the top latent says of every class, [b, classes]; None without one."""
+
+
+class Encoded(NamedTuple):
+    """What one pass through the levels finds."""
+
+    latents: list[Tensor]
+    priors: list[Tensor]
+    log_det: Tensor
+    logits: Tensor | None
 
 
 class Step(Chain):
@@ -68,7 +48,9 @@ class Step(Chain):
         condition = config.condition_size if config.condition_steps else 0
         super().__init__(
             mix=NormedMixing(ActNorm(channels), make_mixing(config.mixing, channels)),
-            coupling=Coupling(channels, config.width, config.coupling, condition),
+            coupling=Coupling(
+                channels, config.width, config.coupling, condition, clamp=config.clamp, border=config.border
+            ),
         )
 
 
@@ -80,7 +62,10 @@ class Level(nn.Module):
         self.squeeze = Squeeze()
         self.steps = Chain(*(Step(channels, config) for _ in range(config.steps)))
         condition = config.condition_size if last or config.condition_splits else 0
-        self.prior: GaussianPrior = TopPrior(channels, condition) if last else SplitPrior(channels // 2, condition)
+        if last:
+            self.prior: GaussianPrior = TopPrior(channels, condition, config.border, config.learned_top)
+        else:
+            self.prior = SplitPrior(channels // 2, condition, config.border)
         self.last = last
 
     def divide(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +99,7 @@ class Glow(nn.Module):
 
     def __init__(self, config: GlowConfig) -> None:
         super().__init__()
-        _refuse_impossible(config)
+        config.refuse_impossible()
         self.config = config
         channels = config.channels
         levels: list[Level] = []
@@ -123,6 +108,10 @@ class Glow(nn.Module):
             levels.append(Level(4 * channels, config, last))
             channels *= 2
         self.levels = nn.ModuleList(levels)
+        self.classifier = zero_classifier(2 * channels, config.classes) if config.classifier_weight else None
+        varied = config.dequantization == "variational"
+        depth, width = config.dequantizer_steps, config.dequantizer_width
+        self.dequantizer = Dequantizer(config.channels, depth, width) if varied else None
 
     def __iter__(self) -> Iterator[Level]:
         return iter(self.levels)  # type: ignore[arg-type]
@@ -148,16 +137,36 @@ class Glow(nn.Module):
             raise ValueError(f"anchor_every needs values >= 0, one a level: got {list(anchor_every)}")
         for index, level in enumerate(self):
             level.steps.anchor_every = anchor_every[min(index, len(anchor_every) - 1)]
+        if self.dequantizer is not None:
+            self.dequantizer.steps.anchor_every = anchor_every[0]
 
     def inversion_error(self) -> Tensor | None:
         """Largest |recovered - kept| of the last backward over all levels, or None where nothing was inverted."""
-        errors = [level.steps.inversion_error for level in self if level.steps.inversion_error is not None]
+        chains = [level.steps for level in self] + ([self.dequantizer.steps] if self.dequantizer else [])
+        errors = [chain.inversion_error for chain in chains if chain.inversion_error is not None]
         return torch.stack(errors).amax() if errors else None
 
     def terms(self, x: Tensor, label: Tensor | None = None, attributes: Tensor | None = None) -> LogProb:
         """log p(x | label, attributes) and its terms (Glow, equation 7)."""
-        _, priors, log_det = self._encode(x, label, attributes)
-        return LogProb(log_det + torch.stack(priors).sum(0), log_det, tuple(priors))
+        found = self._encode(x, label, attributes)
+        log_prob = found.log_det + torch.stack(found.priors).sum(0)
+        return LogProb(log_prob, found.log_det, tuple(found.priors), logits=found.logits)
+
+    def bound(self, x: Tensor, bits: int, label: Tensor | None = None, attributes: Tensor | None = None) -> LogProb:
+        """A lower bound of log P(pixels) + D ln 2^bits whose mean over noise training raises (Flow++, equation 6).
+
+        `x` is what `glow.dequantize` gives. Under uniform noise this is `terms(x)`; a variational model first moves
+        the noise within its bins by its own flow and pays that flow's density.
+        """
+        x, freedom = self.dequantized(x, bits)
+        terms = self.terms(x, label, attributes)
+        if self.dequantizer is None:
+            return terms
+        return terms._replace(log_prob=terms.log_prob + freedom, dequantization=freedom)
+
+    def dequantized(self, x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        """Uniformly dequantised images with their noise as this model wants it, and -log q(noise | image), [b]."""
+        return (x, x.new_zeros(len(x))) if self.dequantizer is None else self.dequantizer(x, bits)
 
     def log_prob(self, x: Tensor, label: Tensor | None = None, attributes: Tensor | None = None) -> Tensor:
         """log p(x | label, attributes) of every image, [b] in nats."""
@@ -165,11 +174,33 @@ class Glow(nn.Module):
 
     def encode(self, x: Tensor, label: Tensor | None = None, attributes: Tensor | None = None) -> list[Tensor]:
         """Normalised latents of every level, standard normal under the model (shapes: `latent_shapes`)."""
-        return self._encode(x, label, attributes)[0]
+        return self._encode(x, label, attributes).latents
 
-    def _encode(
-        self, x: Tensor, label: Tensor | None, attributes: Tensor | None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    @torch.no_grad()
+    def posterior(
+        self, x: Tensor, attributes: Tensor | None = None, prior: Tensor | None = None, chunk: int = 32
+    ) -> Tensor:
+        """p(label | x, attributes), [b, classes], by Bayes' rule from the likelihood under every class.
+
+        `prior`: probabilities [classes] of the classes beforehand; None takes them equal. One pass a class, `chunk`
+        images at a time.
+        """
+        classes = self.config.classes
+        if classes <= 0:
+            raise ValueError("a model without classes has no posterior over them")
+        prior = x.new_full((classes,), 1 / classes) if prior is None else prior.to(x)
+        if prior.shape != (classes,) or bool((prior < 0).any()):
+            raise ValueError(f"prior of shape {tuple(prior.shape)} for {classes} classes: one probability each")
+        rows: list[Tensor] = []
+        for start in range(0, len(x), chunk):
+            part = x[start : start + chunk]
+            given = None if attributes is None else attributes[start : start + chunk]
+            labels = [torch.full((len(part),), label, device=x.device) for label in range(classes)]
+            rows.append(torch.stack([self.log_prob(part, label, given) for label in labels], dim=1))
+        found = torch.cat(rows) if rows else x.new_zeros(0, classes)
+        return torch.softmax(found + prior.log(), dim=1)
+
+    def _encode(self, x: Tensor, label: Tensor | None, attributes: Tensor | None) -> Encoded:
         self._refuse_shape(x)
         condition = self.condition(len(x), label, attributes, x)
         latents: list[Tensor] = []
@@ -180,7 +211,9 @@ class Glow(nn.Module):
             latents.append(eps)
             priors.append(log_prior)
             log_det = log_det + term
-        return latents, priors, log_det
+        # At the top nothing is factored out: what is left is the top latent itself, before its prior.
+        logits = None if self.classifier is None else self.classifier(x.mean((2, 3)))
+        return Encoded(latents, priors, log_det, logits)
 
     def decode(
         self, latents: Sequence[Tensor], label: Tensor | None = None, attributes: Tensor | None = None
@@ -218,21 +251,15 @@ class Glow(nn.Module):
 
     def condition(self, count: int, label: Tensor | None, attributes: Tensor | None, like: Tensor) -> Tensor | None:
         """The condition vector [count, classes + attributes], unknowns 0; None for an unconditional model."""
-        config = self.config
+        classes, named = max(self.config.classes, 0), max(self.config.attributes, 0)
+        _refuse_condition(count, classes, named, label, attributes)
         parts: list[Tensor] = []
-        if config.classes > 0:
+        if classes:
             label = torch.full((count,), -1, device=like.device) if label is None else label
-            parts.append(F.one_hot(label + 1, config.classes + 1)[:, 1:].to(like))
-        if config.attributes > 0:
-            known = like.new_zeros(count, config.attributes) if attributes is None else attributes.to(like)
-            parts.append(known)
-        if not parts:
-            return None
-        sizes = [size for size in (config.classes, config.attributes) if size > 0]
-        if any(part.shape != (count, size) for part, size in zip(parts, sizes, strict=True)):
-            shapes = [tuple(part.shape) for part in parts]
-            raise ValueError(f"condition of shapes {shapes} for {count} images and {config.condition_size} values each")
-        return torch.cat(parts, dim=1)
+            parts.append(F.one_hot(label + 1, classes + 1)[:, 1:].to(like))
+        if named:
+            parts.append(like.new_zeros(count, named) if attributes is None else attributes.to(like))
+        return torch.cat(parts, dim=1) if parts else None
 
     @torch.no_grad()
     def initialize(
@@ -241,12 +268,16 @@ class Glow(nn.Module):
         labels: Sequence[Tensor | None] | None = None,
         attributes: Sequence[Tensor | None] | None = None,
         gather: Gather = lambda rows: rows,
+        bits: int = 8,
     ) -> None:
         """Set every activation norm from microbatches of data (Glow, section 3.1).
 
-        `xs`: this worker's equal microbatches [n, c, h, w]; `gather` joins rows of moments of all workers in sample
-        order, so every worker and every number of workers ends with the same parameters.
+        `xs`: this worker's equal microbatches [n, c, h, w], dequantised at `bits` (a variational model asks);
+        `gather` joins rows of moments of all workers in sample order, so every worker and every number of workers ends
+        with the same parameters.
         """
+        if self.dequantizer is not None:
+            self.dequantizer.initialize(xs, bits, gather)
         nothing: list[Tensor | None] = [None] * len(xs)
         conditions = [
             self.condition(len(x), label, attribute, x)
@@ -263,10 +294,20 @@ class Glow(nn.Module):
             raise ValueError(f"images of shape {tuple(x.shape[1:])} given to a model of {wanted}")
 
 
-def _refuse_impossible(config: GlowConfig) -> None:
-    if config.size <= 0 or config.channels <= 0:
-        raise ValueError("size and channels must be given: 0 stands for 'from the data' in configurations alone")
-    if min(config.levels, config.steps, config.width) < 1:
-        raise ValueError("levels, steps and width must be 1 or more")
-    if config.size % 2**config.levels:
-        raise ValueError(f"size {config.size} is not divisible by 2^{config.levels}: lower levels or resize")
+def _refuse_condition(count: int, classes: int, named: int, label: Tensor | None, attributes: Tensor | None) -> None:
+    """ValueError for a condition of another shape or with values that mean nothing.
+
+    Values on an accelerator are not looked at: that would wait for it, and a label out of range stops it anyway.
+    """
+    for name, given, wanted in (
+        ("label", label, (count,) if classes else None),
+        ("attributes", attributes, (count, named)),
+    ):
+        if given is not None and tuple(given.shape) != wanted:
+            needs = f"{count} images want {wanted}" if wanted else "this model knows no classes"
+            raise ValueError(f"condition of shapes: {name} {tuple(given.shape)}; {needs}")
+    if label is not None and label.device.type == "cpu" and not bool(((label >= -1) & (label < classes)).all()):
+        found = f"not {int(label.min())} to {int(label.max())}"
+        raise ValueError(f"labels of {classes} classes are -1 (unknown) to {classes - 1}, {found}")
+    if attributes is not None and attributes.device.type == "cpu" and bool((attributes.abs() > 1).any()):
+        raise ValueError("attributes are -1, 0 (unknown) or +1: got values beyond")

@@ -53,9 +53,9 @@ class GaussianPrior(nn.Module):
 class SplitPrior(GaussianPrior):
     """The prior of a factored-out half: a zero-initialised 3x3 convolution of the kept half."""
 
-    def __init__(self, channels: int, condition: int = 0) -> None:
+    def __init__(self, channels: int, condition: int = 0, border: bool = True) -> None:
         super().__init__()
-        self.conv = ZeroConv(channels, 2 * channels)
+        self.conv = ZeroConv(channels, 2 * channels, border)
         self.condition = zero_linear(condition, 2 * channels) if condition else None
 
     def statistics(self, kept: Tensor) -> Tensor:
@@ -63,15 +63,31 @@ class SplitPrior(GaussianPrior):
 
 
 class TopPrior(GaussianPrior):
-    """The prior of the last latent: a zero convolution of zeros (a bias and the border's share), as released."""
+    """The prior of the last latent: a zero convolution of zeros (a bias and the border's share), as released.
 
-    def __init__(self, channels: int, condition: int = 0) -> None:
+    Not learned (`--learntop` off in the release) it is N(0, 1), moved by the condition alone.
+    """
+
+    def __init__(self, channels: int, condition: int = 0, border: bool = True, learned: bool = True) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(2 * channels))
-        self.border = nn.Parameter(torch.zeros(2 * channels, 1, 3, 3))
-        self.log_scale = nn.Parameter(torch.zeros(2 * channels))
+        self.channels, self.learned = channels, learned
+        self.bias = nn.Parameter(torch.zeros(2 * channels)) if learned else None
+        self.border = nn.Parameter(torch.zeros(2 * channels, 1, 3, 3)) if learned and border else None
+        self.log_scale = nn.Parameter(torch.zeros(2 * channels)) if learned else None
         self.condition = zero_linear(condition, 2 * channels) if condition else None
 
     def statistics(self, kept: Tensor) -> Tensor:
+        if self.bias is None or self.log_scale is None:
+            return kept.new_zeros(1, 2 * self.channels, *kept.shape[2:])
         scale = torch.exp(LOG_SCALE_FACTOR * self.log_scale)
+        if self.border is None:
+            return (self.bias * scale)[None, :, None, None].expand(1, -1, *kept.shape[2:])
         return F.conv2d(border_mask(kept), self.border * scale[:, None, None, None], self.bias * scale)
+
+
+def zero_classifier(channels: int, classes: int) -> nn.Linear:
+    """Logits of classes from the top latent's spatial mean, 0 at the start (released code, `weight_y`)."""
+    linear = nn.Linear(channels, classes)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

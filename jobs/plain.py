@@ -78,42 +78,46 @@ class Permutation(nn.Module):
         return x[:, self.weight.argmax(1)], x.new_zeros(())
 
 
-def with_border(x: Tensor) -> Tensor:
-    """Zero-pad by one pixel and add a channel that is 1 on the padding (released code)."""
-    border = F.pad(torch.zeros_like(x[:, :1]), (1, 1, 1, 1), value=1)
-    return torch.cat([F.pad(x, (1, 1, 1, 1)), border], dim=1)
+def padded(x: Tensor, border: bool) -> Tensor:
+    """Zero-pad by one pixel; with a border add a channel that is 1 on the padding (released code)."""
+    if not border:
+        return F.pad(x, (1, 1, 1, 1))
+    edge = F.pad(torch.zeros_like(x[:, :1]), (1, 1, 1, 1), value=1)
+    return torch.cat([F.pad(x, (1, 1, 1, 1)), edge], dim=1)
 
 
 class ZeroConv(nn.Module):
     """A 3x3 convolution that starts at 0, its output scaled by exp(3 p)."""
 
-    def __init__(self, channels: int, out_channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, border: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels + 1, out_channels, 3)
+        self.border = border
+        self.conv = nn.Conv2d(channels + border, out_channels, 3)
         self.log_scale = nn.Parameter(torch.zeros(out_channels))
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(with_border(x)) * torch.exp(3 * self.log_scale[:, None, None])
+        return self.conv(padded(x, self.border)) * torch.exp(3 * self.log_scale[:, None, None])
 
 
 class Network(nn.Module):
     """Section 3.3: 3x3, 1x1 and zero 3x3 convolutions; actnorm and ReLU between."""
 
-    def __init__(self, channels: int, out_channels: int, width: int, condition: int) -> None:
+    def __init__(self, channels: int, out_channels: int, width: int, border: bool, condition: int) -> None:
         super().__init__()
-        self.conv_1 = nn.Conv2d(channels + 1, width, 3, bias=False)
+        self.border = border
+        self.conv_1 = nn.Conv2d(channels + border, width, 3, bias=False)
         self.norm_1 = ActNorm(width)
         self.conv_2 = nn.Conv2d(width, width, 1, bias=False)
         self.norm_2 = ActNorm(width)
-        self.conv_3 = ZeroConv(width, out_channels)
+        self.conv_3 = ZeroConv(width, out_channels, border)
         self.condition = nn.Linear(condition, width, bias=False) if condition else None
         nn.init.normal_(self.conv_1.weight, std=0.05)
         nn.init.normal_(self.conv_2.weight, std=0.05)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        h, _ = self.norm_1(self.conv_1(with_border(x)))
+        h, _ = self.norm_1(self.conv_1(padded(x, self.border)))
         if self.condition is not None:
             h = h + self.condition(condition)[:, :, None, None]
         h, _ = self.norm_2(self.conv_2(F.relu(h)))
@@ -123,31 +127,40 @@ class Network(nn.Module):
 class Coupling(nn.Module):
     """Section 3.3: the first half of the channels moves the second; affine, or additive with scale 1."""
 
-    def __init__(self, channels: int, width: int, affine: bool, condition: int) -> None:
+    def __init__(self, channels: int, config: Any, condition: int) -> None:
         super().__init__()
-        self.affine = affine
-        self.network = Network(channels // 2, channels if affine else channels // 2, width, condition)
+        self.affine, self.clamp = config.coupling == "affine", config.clamp
+        outputs = channels if self.affine else channels // 2
+        self.network = Network(channels // 2, outputs, config.width, config.border, condition)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         x1, x2 = x.chunk(2, dim=1)
         out = self.network(x1, condition)
         if not self.affine:
             return torch.cat([x1, x2 + out], dim=1), x.new_zeros(len(x))
-        shift, log_scale = out[:, 0::2], F.logsigmoid(out[:, 1::2] + 2)
+        shift, log_scale = out[:, 0::2], self.log_scale(out[:, 1::2])
         return torch.cat([x1, (x2 + shift) * log_scale.exp()], dim=1), log_scale.sum((1, 2, 3))
+
+    def log_scale(self, s: Tensor) -> Tensor:
+        """Released code, and two ways to keep the scale from 0."""
+        return {
+            "sigmoid": lambda: F.logsigmoid(s + 2),
+            "two_sigmoid": lambda: F.logsigmoid(s) + math.log(2),
+            "soft_exp": lambda: 2 * torch.tanh(s / 2),
+        }[self.clamp]()
 
 
 class Step(nn.Module):
     """Figure 2a: actnorm, channel mixing, coupling."""
 
-    def __init__(self, channels: int, width: int, coupling: str, mixing: str, condition: int) -> None:
+    def __init__(self, channels: int, config: Any, condition: int) -> None:
         super().__init__()
         self.norm = ActNorm(channels)
-        if mixing in ("reverse", "shuffle"):
-            self.mixing: nn.Module = Permutation(channels, mixing)  # type: ignore[arg-type]
+        if config.mixing in ("reverse", "shuffle"):
+            self.mixing: nn.Module = Permutation(channels, config.mixing)
         else:
-            self.mixing = LUMixing(channels) if mixing == "lu" else DenseMixing(channels)
-        self.coupling = Coupling(channels, width, coupling == "affine", condition)
+            self.mixing = LUMixing(channels) if config.mixing == "lu" else DenseMixing(channels)
+        self.coupling = Coupling(channels, config, condition)
 
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         x, log_det_norm = self.norm(x)
@@ -159,14 +172,14 @@ class Step(nn.Module):
 class Prior(nn.Module):
     """Released code: N(mean, exp(log_std)) of one half from the other, or of the top from zeros and the condition."""
 
-    def __init__(self, channels: int, condition: int) -> None:
+    def __init__(self, channels: int, border: bool, learned: bool, condition: int) -> None:
         super().__init__()
-        self.conv = ZeroConv(channels, 2 * channels)
+        self.conv = ZeroConv(channels, 2 * channels, border) if learned else None
         self.condition = nn.Linear(condition, 2 * channels, bias=False) if condition else None
 
     def forward(self, z: Tensor, given: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """(normalised z, log p(z | given))."""
-        statistics = self.conv(given)
+        statistics = torch.zeros_like(given.repeat(1, 2, 1, 1)) if self.conv is None else self.conv(given)
         if self.condition is not None:
             statistics = statistics + self.condition(condition)[:, :, None, None]
         mean, log_std = statistics[:, 0::2], statistics[:, 1::2]
@@ -181,11 +194,10 @@ class Level(nn.Module):
         super().__init__()
         condition = config.condition_size if config.condition_steps else 0
         self.last = last
-        self.steps = nn.ModuleList(
-            Step(channels, config.width, config.coupling, config.mixing, condition) for _ in range(config.steps)
-        )
+        self.steps = nn.ModuleList(Step(channels, config, condition) for _ in range(config.steps))
         condition = config.condition_size if config.condition_splits or last else 0
-        self.prior = Prior(channels if last else channels // 2, condition)
+        learned = config.learned_top or not last
+        self.prior = Prior(channels if last else channels // 2, config.border, learned, condition)
 
 
 class PlainGlow(nn.Module):
@@ -249,14 +261,15 @@ def translated(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for ours, plain in RENAMED:
             name = re.sub(ours, plain, name)
         found[name] = tensor
-    for prefix in [name.removesuffix("border") for name in found if name.endswith(".border")]:
+    for prefix in [name.removesuffix("log_scale") for name in found if re.search(r"conv(_3)?\.log_scale$", name)]:
         _join_zero_conv(found, prefix)
     return found
 
 
 def _join_zero_conv(found: dict[str, Tensor], prefix: str) -> None:
     """Weight beside border weight is one convolution over c + 1 channels; the top prior's has none and sees zeros."""
-    border = found.pop(prefix + "border")
-    weight = found.pop(prefix + "weight", border.new_zeros(len(border), len(border) // 2, 3, 3))
+    bias = found.pop(prefix + "bias")
+    weight = found.pop(prefix + "weight", bias.new_zeros(len(bias), len(bias) // 2, 3, 3))
+    border = found.pop(prefix + "border", weight[:, :0])
     found[prefix + "conv.weight"] = torch.cat([weight, border], dim=1)
-    found[prefix + "conv.bias"] = found.pop(prefix + "bias")
+    found[prefix + "conv.bias"] = bias

@@ -199,7 +199,7 @@ def fingerprint(config: TrainConfig, data_digest: str) -> str:
         "data": data_digest,
         "split": config.data.train,
         "bits": config.data.bits,
-        "model": dataclasses.asdict(config.model),
+        "model": config.model.settings(),
         "optim": dataclasses.asdict(config.optim),
         "batch": schedule.batch,
         "leaf": schedule.leaf,

@@ -73,6 +73,12 @@ class Evaluation:
     """Phi of every level's latents of those images; uniform where the model is right."""
     values: tuple[float, ...]
     """Of every image, in the order of the split."""
+    dequantization: str = "uniform"
+    """Whose noise `bits_per_dim` bounds with."""
+    noise: float = 0.0
+    """Share of variational noise: log q; with the others it adds up to bits_per_dim."""
+    uniform_noise: Figure | None = None
+    """The same model's bits per dimension under uniform noise; None where that is `bits_per_dim` itself."""
     labels: tuple[int, ...]
 
     def summary(self) -> dict[str, Any]:
@@ -101,10 +107,10 @@ def evaluate(
     count = min(images or stream.samples, stream.samples)
     parts = [_measured(model, examples, part, bits, round_trip) for part in _own_batches(stream, world, count, batch)]
     levels = len(model.latent_shapes())
-    widths = (3 + levels, 2 + levels + COLUMNS * levels)
+    widths = (5 + levels, 2 + levels + COLUMNS * levels)
     none = [torch.zeros(0, width, dtype=torch.float64) for width in widths]
     whole, looked = (gather_ordered(world, torch.cat(rows)) for rows in zip(none, *parts, strict=True))
-    return _summarised(whole, looked, model.dims, bits, labels)
+    return _summarised(whole, looked, model, bits, labels)
 
 
 def validation_bits(model: Glow, examples: Examples, stream: Stream, world: World, images: int, bits: int) -> Tensor:
@@ -158,16 +164,21 @@ def _own_batches(stream: Stream, world: World, count: int, batch: int) -> Iterat
 
 @torch.no_grad()
 def _measured(model: Glow, examples: Examples, batch: Batch, bits: int, round_trip: int) -> tuple[Tensor, Tensor]:
-    """Float64 tables of a batch: of every image its log_prob, log_det, every level's prior (nats) and label; and of
-    those that go to the latents and back (none or all) what `_round_trips` says.
+    """Float64 tables of a batch: of every image its bound, log_det, every level's prior, -log q, bound under uniform
+    noise (nats) and label; and of those that go to the latents and back (none or all) what `_round_trips` says.
     """
     x, label, attributes = examples.of(batch, NOISE_SEED)
-    terms = model.terms(x, label, attributes)
-    columns = [terms.log_prob, terms.log_det, *terms.priors, batch.labels.to(x.device)]
+    terms = model.bound(x, bits, label, attributes)
+    if terms.dequantization is None:
+        freedom, uniform = torch.zeros_like(terms.log_prob), terms.log_prob
+    else:
+        freedom, uniform = terms.dequantization, model.log_prob(x, label, attributes)
+    columns = [terms.log_prob, terms.log_det, *terms.priors, freedom, uniform, batch.labels.to(x.device)]
     table = torch.stack([column.double() for column in columns], dim=1).cpu()
     looked = min(len(x), max(0, round_trip - int(batch.samples[0])))
     part = [None if whole is None else whole[:looked] for whole in (label, attributes)]
-    return table, _round_trips(model, x[:looked], batch.pixels[:looked], bits, *part)
+    x, _ = model.dequantized(x[:looked], bits)
+    return table, _round_trips(model, x, batch.pixels[:looked], bits, *part)
 
 
 def _round_trips(
@@ -190,19 +201,23 @@ def _largest(difference: Tensor) -> Tensor:
     return difference.abs().flatten(1).amax(1)
 
 
-def _summarised(table: Tensor, looked: Tensor, dims: int, bits: int, names: Sequence[str]) -> Evaluation:
-    values = bits_per_dim(table[:, 0], dims, bits).tolist()
+def _summarised(table: Tensor, looked: Tensor, model: Glow, bits: int, names: Sequence[str]) -> Evaluation:
+    kind = model.config.dequantization
+    values, uniform = (bits_per_dim(table[:, column], model.dims, bits).tolist() for column in (0, -2))
     labels = [int(label) for label in table[:, -1]]
-    shares = (table[:, 1:-1].mean(0) / (-math.log(2) * dims)).tolist()
+    shares = (table[:, 1:-2].mean(0) / (-math.log(2) * model.dims)).tolist()
     by_class = {
         name: [v for v, label in zip(values, labels, strict=True) if label == i] for i, name in enumerate(names)
     }
-    levels = len(shares) - 1
+    levels = len(shares) - 2
     return Evaluation(
         bits=bits,
         bits_per_dim=Figure.of(values),
         log_det=shares[0],
-        priors=tuple(shares[1:]),
+        priors=tuple(shares[1:-1]),
+        dequantization=kind,
+        noise=shares[-1],
+        uniform_noise=Figure.of(uniform) if kind == "variational" else None,
         class_names=tuple(names),
         classes={name: Figure.of(found) for name, found in by_class.items() if found},
         values=tuple(values),

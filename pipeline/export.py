@@ -89,7 +89,7 @@ def export_model(run: TrainedRun, manifest: Manifest, card: str = "") -> str:
             run.storage.sub("model"),
             model,
             model_config(run.config, manifest),
-            directions=directions(model, stream, inputs, manifest),
+            directions=directions(model, stream, inputs, manifest, run.config.data.bits),
             examples=example_conditions(stream, inputs),
             lineage=lineage_of(run, manifest),
             card=card or model_card(run, manifest),
@@ -116,7 +116,7 @@ def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
 
 
 @torch.no_grad()
-def directions(model: Glow, stream: Stream, inputs: Examples, manifest: Manifest) -> list[Tensor]:
+def directions(model: Glow, stream: Stream, inputs: Examples, manifest: Manifest, bits: int) -> list[Tensor]:
     """Mean latent with each editable attribute minus without it, per level [A, c, h, w], over the first images.
 
     Images are encoded as if nothing were known about them, so that what makes the difference is in the latents.
@@ -127,7 +127,8 @@ def directions(model: Glow, stream: Stream, inputs: Examples, manifest: Manifest
 
     def encoded() -> Iterator[tuple[list[Tensor], Tensor]]:
         for batch in stream.batches(0, BATCH, stop=min(DIRECTION_IMAGES, stream.samples)):
-            yield model.encode(inputs.of(batch, NOISE_SEED)[0]), batch.attributes[:, columns]
+            x = model.dequantized(inputs.of(batch, NOISE_SEED)[0], bits)[0]
+            yield model.encode(x), batch.attributes[:, columns]
 
     with one_thread():
         return attribute_directions(encoded(), len(columns))
@@ -172,6 +173,7 @@ couplings of width {config.width}, over {config.size} px images of {config.chann
 - Conditioned on: {" and ".join(known) or "nothing"}
 - Learned from: split `{run.config.data.train}` of dataset `{manifest.digest}`{lossless}, {run.images:,} images seen
 - Licence of the data: {manifest.license or "not stated"}
+- Dequantisation: {config.dequantization} noise
 - Weights: averaged with a half-life of {run.config.optim.ema_halflife:,} images
 
 Limits: it samples what resembles its training images, their biases included; likelihoods rank images by how

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glow import Glow, bits_per_dim, dequantize, keyed_uniform, sample_keys
@@ -87,7 +88,8 @@ class Learner:
         own = range(self.world.rank * leaves // self.world.size, (self.world.rank + 1) * leaves // self.world.size)
         rows = [self._examples.of(batch, self.config.seed) for batch in _microbatches(stream, own)]
         xs, labels, attributes = zip(*rows, strict=True) if rows else ((), (), ())
-        self.model.initialize(xs, labels, attributes, gather=lambda table: gather_ordered(self.world, table))
+        bits, world = self.config.data.bits, self.world
+        self.model.initialize(xs, labels, attributes, gather=lambda table: gather_ordered(world, table), bits=bits)
         self.ema.reset(self.model)
 
     def learn(self, batch: Batch) -> None:
@@ -111,17 +113,23 @@ class Learner:
         size = self.config.schedule.leaf
         start = (leaf - self._gradients.own.start) * size
         x, label, attributes = self._examples.of(batch, self.config.seed, slice(start, start + size))
-        terms = self.model.terms(x, label, attributes)
         bits, dims = self.config.data.bits, self.model.dims
+        terms = self.model.bound(x, bits, label, attributes)
         loss = bits_per_dim(terms.log_prob, dims, bits)
         per_dim = -1 / (dims * math.log(2))
-        self.means.add(
-            {
-                "train/bits_per_dim": loss.detach().mean(),
-                "train/log_det_bpd": terms.log_det.detach().mean() * per_dim,
-                "train/prior_bpd": (terms.log_prob - terms.log_det).detach().mean() * per_dim,
-            }
-        )
+        figures = {
+            "train/bits_per_dim": loss.detach().mean(),
+            "train/log_det_bpd": terms.log_det.detach().mean() * per_dim,
+            "train/prior_bpd": (terms.log_prob - terms.log_det).detach().mean() * per_dim,
+        }
+        if terms.dequantization is not None:
+            freedom = terms.dequantization.detach().mean() * per_dim
+            figures |= {"train/dequantization_bpd": freedom, "train/prior_bpd": figures["train/prior_bpd"] - freedom}
+        if terms.logits is not None and label is not None:
+            surprise = class_bits(terms.logits, label)
+            figures["train/class_bits"] = surprise.detach().mean()
+            loss = loss + self.config.model.classifier_weight * surprise
+        self.means.add(figures)
         return loss.sum() / self.config.schedule.batch
 
     def figures(self) -> dict[str, float]:
@@ -152,6 +160,11 @@ class Learner:
         load_optimizer_tensors(self.optimizer, self.model, _below(tensors, "optim/"))
         self.guard.load_state_dict(state["guard"])
         self.images, self.step = state["images"], state["step"]
+
+
+def class_bits(logits: Tensor, label: Tensor) -> Tensor:
+    """Bits a classifier is surprised by [b, classes] about labels [b]; 0 where the label is unknown (-1)."""
+    return F.cross_entropy(logits, label, ignore_index=-1, reduction="none") / math.log(2)
 
 
 def _microbatches(stream: Stream, own: Sequence[int]) -> Iterator[Batch]:

@@ -107,7 +107,7 @@ def write_model(
     `examples`: labels and attributes of the first (at most 64) images of the training split.
     """
     contents = {
-        "config.json": canonical_json(dataclasses.asdict(config)),
+        "config.json": canonical_json(dataclasses.asdict(config) | {"model": config.model.settings()}),
         "weights.safetensors": weights_of(model),
         "directions.safetensors": _tensors({f"level.{i}": part for i, part in enumerate(directions)}),
         "golden.safetensors": _tensors(make_golden(model, config, examples)),

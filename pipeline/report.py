@@ -172,6 +172,7 @@ def _charts(report: Report) -> list[str]:
 def _terms(evaluation: Evaluation) -> str:
     terms = {"bin size (bits)": float(evaluation.bits), "log-determinant": evaluation.log_det}
     terms |= {f"prior of level {level}": share for level, share in enumerate(evaluation.priors, start=1)}
+    terms |= {"variational noise": evaluation.noise} if evaluation.uniform_noise else {}
     widest = max(abs(value) for value in terms.values())
     rows = "".join(
         f'<tr><td>{name}</td><td class="n">{_signed(value)}</td>'

@@ -185,13 +185,24 @@ def _couplings() -> list[Row]:
         )
         for kind in ("additive", "affine")
         for condition in (0, 3)
+    ] + [
+        Row(
+            name=f"coupling {clamp}, border {border}",
+            make=lambda clamp=clamp, border=border: Coupling(4, 6, "affine", clamp=clamp, border=border),
+            shape=(4, 3, 4),
+            pattern=half_moved,
+        )
+        for clamp, border in (("two_sigmoid", True), ("soft_exp", True), ("soft_exp", False))
     ]
 
 
 def _priors() -> list[Row]:
     makes: dict[str, tuple[Callable[[int], GaussianPrior], Pattern]] = {
         "split": (lambda condition: SplitPrior(2, condition), half_moved),
+        "split, no border": (lambda condition: SplitPrior(2, condition, border=False), half_moved),
         "top": (lambda condition: TopPrior(4, condition), diagonal),
+        "top, no border": (lambda condition: TopPrior(4, condition, border=False), diagonal),
+        "top, fixed": (lambda condition: TopPrior(4, condition, learned=False), diagonal),
     }
     return [
         Row(
@@ -213,6 +224,9 @@ def _models() -> list[Row]:
             **{**TINY.__dict__, "classes": 2, "attributes": 3, "condition_splits": True, "condition_steps": True}
         ),
         "glow conditioned as released": GlowConfig(**{**TINY.__dict__, "classes": 3, "mixing": "reverse"}),
+        "glow of options": GlowConfig(
+            **{**TINY.__dict__, "clamp": "soft_exp", "border": False, "learned_top": False, "classes": 2}
+        ),
     }
     return [
         Row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -170,7 +171,7 @@ def test_the_condition_vector() -> None:
     assert found is not None
     assert found.tolist() == [[0, 0, 1, 1, -1], [0, 0, 0, 0, 1]]
     assert glow.condition(1, None, None, like).tolist() == [[0] * 5]  # type: ignore[union-attr]
-    assert small(classes=-1, attributes=-1).condition(2, torch.tensor([5, 6]), None, like) is None
+    assert small(classes=-1, attributes=-1).condition(2, None, None, like) is None
 
 
 @pytest.mark.parametrize(
@@ -182,9 +183,12 @@ def test_the_condition_vector() -> None:
         ({"levels": 0}, "1 or more"),
         ({"steps": 0}, "1 or more"),
         ({"width": 0}, "1 or more"),
+        ({"dequantizer_steps": 0}, "1 or more"),
+        ({"classifier_weight": 0.01}, "wants classes"),
+        ({"classifier_weight": -1.0, "classes": 2}, "0 or more"),
     ],
 )
-def test_impossible_models_are_refused(changes: dict[str, int], says: str) -> None:
+def test_impossible_models_are_refused(changes: dict[str, float], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         small(**changes)
 
@@ -206,8 +210,73 @@ def test_wrong_inputs_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="condition of shapes"):
             glow.log_prob(x, label, attributes)
-    with pytest.raises((ValueError, RuntimeError), match="smaller than num_classes"):
-        glow.log_prob(x, torch.tensor([0, 2]))
+    for values in ([0, 2], [-2, 0]):
+        with pytest.raises(ValueError, match=r"labels of 2 classes are -1 \(unknown\) to 1, not"):
+            glow.log_prob(x, torch.tensor(values))
+    with pytest.raises(ValueError, match="attributes are -1, 0"):
+        glow.log_prob(x, None, torch.full((2, 3), 2.0))
+    bare = small()
+    with pytest.raises(ValueError, match="knows no classes"):
+        bare.log_prob(x, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="condition of shapes"):
+        bare.log_prob(x, None, torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="no posterior"):
+        bare.posterior(x)
+    for prior in (torch.ones(3), torch.tensor([1.0, -1.0])):
+        with pytest.raises(ValueError, match="one probability each"):
+            glow.posterior(x, prior=prior)
+
+
+def planted() -> tuple[Glow, float]:
+    """A model whose classes differ by the mean of one top channel alone, and by how much."""
+    glow = Glow(GlowConfig(size=4, channels=1, levels=1, steps=1, width=4, classes=3)).double()
+    shift = 0.5
+    linear = next(iter(glow)).prior.condition
+    assert linear is not None
+    with torch.no_grad():
+        linear.weight[0] = shift * torch.tensor([-1.0, 0.0, 1.0])
+    return glow, shift
+
+
+def test_the_posterior_is_bayes() -> None:
+    """Three Gaussians with means -d, 0, d in 4 values: the posterior is the softmax of n (m z - m^2 / 2)."""
+    glow, shift = planted()
+    x = torch.randn(7, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    means = shift * torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64)
+    with torch.no_grad():
+        seen = glow.encode(x)[0][:, 0].sum((1, 2))
+    evidence = seen[:, None] * means - 2 * means.square()
+    for prior in (None, torch.tensor([0.2, 0.7, 0.1])):
+        beforehand = torch.ones(3) if prior is None else prior
+        wanted = torch.softmax(evidence + beforehand.double().log(), dim=1)
+        for chunk in (2, 32):
+            assert torch.allclose(glow.posterior(x, prior=prior, chunk=chunk), wanted, atol=1e-6)
+    assert glow.posterior(x[:0]).shape == (0, 3)
+
+
+def test_the_posterior_finds_the_class_of_samples() -> None:
+    glow, _ = planted()
+    next(iter(glow)).prior.condition.weight.data[0] *= 6  # type: ignore[union-attr]
+    label = torch.arange(3).repeat(20)
+    x = glow.sample(60, label=label, generator=torch.Generator().manual_seed(0))
+    assert (glow.posterior(x).argmax(1) == label).double().mean() > 0.9
+
+
+def test_the_classifier_reads_the_mean_of_the_top_latent() -> None:
+    glow = small(classes=3, classifier_weight=0.01, levels=1)
+    assert glow.classifier is not None
+    x = toy_pictures(4, 8, 0, channels=1)
+    terms = glow.terms(x)
+    top, _ = next(iter(glow)).steps(next(iter(glow)).squeeze(x)[0])
+    assert terms.logits is not None
+    assert torch.allclose(terms.logits, glow.classifier(top.mean((2, 3))), atol=1e-5)
+    assert small(classes=3).terms(x).logits is None
+
+
+def test_options_that_came_later_change_no_digest_of_an_older_model() -> None:
+    assert set(GlowConfig().settings()) & set(GlowConfig.later) == set()
+    assert GlowConfig(clamp="soft_exp").settings()["clamp"] == "soft_exp"
+    assert set(GlowConfig.later) < set(asdict(GlowConfig()))
 
 
 def test_anchors_are_set_a_level() -> None:

@@ -187,7 +187,7 @@ def test_directions_point_from_without_to_with(subject: Subject) -> None:
     from pipeline.export import directions
 
     with natural_stream(subject.manifest, "train", subject.config.data) as stream:
-        found = directions(subject.main, stream, examples(subject), subject.manifest)
+        found = directions(subject.main, stream, examples(subject), subject.manifest, 5)
         batch = stream.fetch(np.arange(stream.samples))
         x = examples(subject).of(batch, 0)[0]
     with torch.no_grad():
