@@ -45,10 +45,20 @@ _PUBLISHED = (
     ("imagenet32",    32, 3, 48, "affine",     8,  512,  64, 180_000_000,  4.09,    8, "Glow, table 2"),
     ("imagenet64",    64, 4, 48, "affine",     8,  128,  16, 120_000_000,  3.81,    8, "Glow, table 2"),
     ("lsun64",        64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.38,    8, "Glow, table 2 (bedroom)"),
+    ("lsun64tower",   64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.46,    8, "Glow, table 2 (tower)"),
+    ("lsun64church",  64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.67,    8, "Glow, table 2 (church)"),
     ("lsun96",        96, 5, 64, "additive",   5,  280,   7,  60_000_000,  None,   40, "Glow, figures"),
     ("lsun128",      128, 5, 64, "additive",   5,  160,   4,  40_000_000,  None,   40, "Glow, figures"),
     ("celebahq256",  256, 6, 32, "additive",   5,   40,   1,   6_000_000,  1.03,   40, "Glow, by MaCow"),
+    ("faces256x64",  256, 6, 32, "additive",   5,  256,   4,  12_000_000,  None,   64, "celebahq256, large batch: ours"),
 )  # fmt: skip
+
+_LABELLED = (
+    # name          size  L   K  coupling   bits batch leaf    images  published  gpus  source
+    ("cifar10class",    32, 3, 32, "additive", 5, 512,  64,  90_000_000,  None,    8, "Glow, README: --ycond"),
+    ("imagenet32class", 32, 3, 48, "additive", 5, 512,  64, 180_000_000,  None,    8, "Glow, README: --ycond"),
+)  # fmt: skip
+"""With class labels in the top prior and a classifier of weight 0.01, as in the release's two conditional commands."""
 
 
 def _toy(name: str, levels: int, steps: int, images: int, every: int, checkpoint: int, source: str) -> Preset:
@@ -85,7 +95,17 @@ def _released(
     return Preset(config=config, published=published, gpus=gpus, source=source)
 
 
-PRESETS: dict[str, Preset] = {row[0]: _toy(*row) for row in _TOYS} | {row[0]: _released(*row) for row in _PUBLISHED}
+def _labelled(entry: Preset) -> Preset:
+    """The same with labels, whose number the data knows."""
+    model = dataclasses.replace(entry.config.model, classes=0, classifier_weight=0.01)
+    return dataclasses.replace(entry, config=dataclasses.replace(entry.config, model=model))
+
+
+PRESETS: dict[str, Preset] = (
+    {row[0]: _toy(*row) for row in _TOYS}
+    | {row[0]: _released(*row) for row in _PUBLISHED}
+    | {row[0]: _labelled(_released(*row)) for row in _LABELLED}
+)
 
 
 def preset(name: str) -> Preset:

@@ -76,6 +76,10 @@ def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
             raise ConfigError(f"model.{name} is {asked}, the data has {value}", cure=f"leave model.{name} at 0")
         follows[name] = 0 if asked == -1 else value
     model = replace(config.model, **follows)
+    try:
+        model.refuse_impossible()
+    except ValueError as error:
+        raise ConfigError(f"model: {error}", where=manifest.storage.url, cure="other settings, or other data") from error
     return replace(config, model=model, data=replace(config.data, digest=manifest.digest))
 
 

@@ -230,7 +230,7 @@ def _set(w: dict[str, Array], at: str, x: Array) -> None:
 def adamax(
     w: Array, gradients: list[Array], rates: list[float], beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
 ) -> Array:
-    """Released code (optim.py): m = b1 m + (1 - b1) g, u = max(b2 u, |g|), w -= a_t m / (u + eps), as many steps as rates.
+    """Released code (optim.py): m = b1 m + (1 - b1) g, u = max(b2 u, |g|), w -= a_t m / (u + eps); a step a rate.
 
     a_t = lr sqrt(1 - b2^t) / (1 - b1^t), t from 1.
     """
