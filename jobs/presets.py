@@ -24,7 +24,7 @@ class Preset:
     published: float | None
     """bits/dim in the literature; None where there is none."""
     gpus: int | None
-    """GPUs of the published run; None where this repository is the source."""
+    """GPUs of the published run, or wanted; None where one machine does."""
     source: str
 
 
@@ -50,7 +50,7 @@ _PUBLISHED = (
     ("lsun96",        96, 5, 64, "additive",   5,  280,   7,  60_000_000,  None,   40, "Glow, figures"),
     ("lsun128",      128, 5, 64, "additive",   5,  160,   4,  40_000_000,  None,   40, "Glow, figures"),
     ("celebahq256",  256, 6, 32, "additive",   5,   40,   1,   6_000_000,  1.03,   40, "Glow, by MaCow"),
-    ("faces256x64",  256, 6, 32, "additive",   5,  256,   4,  12_000_000,  None,   64, "celebahq256, large batch: ours"),
+    ("faces256x64",  256, 6, 32, "additive",   5,  256,   4,  12_000_000,  None,   64, "celebahq256, large batch"),
 )  # fmt: skip
 
 _LABELLED = (

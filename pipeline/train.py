@@ -37,9 +37,7 @@ Report = Callable[[dict[str, float]], None]
 Stop = Callable[[], bool]
 
 
-def run(
-    config: TrainConfig, report: Report = lambda figures: None, stop: Stop = lambda: False
-) -> dict[str, float]:
+def run(config: TrainConfig, report: Report = lambda figures: None, stop: Stop = lambda: False) -> dict[str, float]:
     """Train as the worker the environment names (RANK, WORLD_SIZE as torchrun and Ray set them, or alone).
 
     `stop` is asked after every batch whether to end after a checkpoint, as SIGTERM does; one rank's yes is enough.
@@ -79,7 +77,8 @@ def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     try:
         model.refuse_impossible()
     except ValueError as error:
-        raise ConfigError(f"model: {error}", where=manifest.storage.url, cure="other settings, or other data") from error
+        cure = "other settings of model, or other data"
+        raise ConfigError(str(error), where=manifest.storage.url, cure=cure) from error
     return replace(config, model=model, data=replace(config.data, digest=manifest.digest))
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,10 @@ from pipeline.config import (
     write_config,
 )
 from pipeline.errors import ConfigError, ConflictError
+from pipeline.export import export_model, natural_stream, read_run
 from pipeline.manifest import open_manifest
+from pipeline.model import read_model, verify_model
+from pipeline.review import evaluate_subject, open_subject
 from pipeline.storage import open_storage
 from pipeline.toy import write_toy
 from pipeline.train import due, resolved, run
@@ -174,6 +178,62 @@ def test_another_configuration_under_the_same_name_is_refused(config: TrainConfi
 def test_a_model_that_does_not_fit_the_data_is_refused(config: TrainConfig, name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"model\.{name} is {value}"):
         run(replace(config, model=replace(config.model, **{name: value})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        ({"levels": 5}, r"size 16 is not divisible by 2\^5"),
+        ({"steps": 0}, "1 or more"),
+        ({"classes": -1, "classifier_weight": 0.01}, "wants classes"),
+    ],
+)
+def test_a_model_the_data_does_not_fit_is_refused(config: TrainConfig, changes: dict[str, Any], finding: str) -> None:
+    with pytest.raises(ConfigError, match=finding):
+        run(replace(config, model=replace(config.model, **changes)))
+    assert not (Path(config.storage) / config.name / "config.toml").exists()
+
+
+def varied(config: TrainConfig) -> TrainConfig:
+    """The same run with variational noise, a classifier, and inversion everywhere."""
+    model = replace(config.model, dequantization="variational", dequantizer_width=4, classifier_weight=0.01)
+    return replace(config, model=model, memory=MemoryConfig(anchor_every=(2,)))
+
+
+def varied_worker(world: World, config: TrainConfig) -> dict[str, float]:
+    return run(config)
+
+
+def test_variational_noise_is_learned_alike_by_any_number_of_workers(config: TrainConfig, tmp_path: Path) -> None:
+    """Noise, its flow and the classifier: the same bits on two workers as on one, and figures for each part."""
+    alone, two = varied(config), varied(replace(config, storage=str(tmp_path / "two")))
+    figures = run(alone)
+    run_group(2, varied_worker, two)
+    one, other = weights(alone), weights(two)
+    assert {name for name in one if name.startswith("model/dequantizer.")}
+    assert {name for name in one if name.startswith("model/classifier.")}
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    parts = figures["train/log_det_bpd"] + figures["train/prior_bpd"] + figures["train/dequantization_bpd"]
+    assert config.data.bits + parts == pytest.approx(figures["train/bits_per_dim"], abs=1e-4)
+    assert 0 < figures["train/class_bits"] < 10
+
+
+def test_a_variational_model_is_judged_under_both_noises_and_handed_on(config: TrainConfig) -> None:
+    run(varied(config))
+    folder = open_storage(config.storage).sub(config.name)
+    subject = open_subject(folder.url)
+    with natural_stream(subject.manifest, "val", subject.config.data) as stream:
+        found = evaluate_subject(subject, stream)["ema"]
+    assert found.dequantization == "variational"
+    assert found.uniform_noise is not None
+    assert found.uniform_noise.mean != found.bits_per_dim.mean
+    parts = found.bits + found.log_det + sum(found.priors) + found.noise
+    assert parts == pytest.approx(found.bits_per_dim.mean, abs=1e-5)
+    export_model(read_run(folder), subject.manifest)
+    loaded = read_model(folder.sub("model"))
+    assert loaded.config.model.dequantization == "variational"
+    assert verify_model(loaded).levels == 0
 
 
 def test_a_pinned_digest_must_be_the_datasets(config: TrainConfig) -> None:
