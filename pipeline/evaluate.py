@@ -177,8 +177,7 @@ def _measured(model: Glow, examples: Examples, batch: Batch, bits: int, round_tr
     table = torch.stack([column.double() for column in columns], dim=1).cpu()
     looked = min(len(x), max(0, round_trip - int(batch.samples[0])))
     part = [None if whole is None else whole[:looked] for whole in (label, attributes)]
-    x, _ = model.dequantized(x[:looked], bits)
-    return table, _round_trips(model, x, batch.pixels[:looked], bits, *part)
+    return table, _round_trips(model, x[:looked], batch.pixels[:looked], bits, *part)
 
 
 def _round_trips(
@@ -188,6 +187,7 @@ def _round_trips(
     if len(x) == 0:
         levels = len(model.latent_shapes())
         return torch.zeros(0, 2 + levels + COLUMNS * levels, dtype=torch.float64)
+    x, _ = model.dequantized(x, bits)
     latents = model.encode(x, label, attributes)
     again = model.decode(latents, label, attributes)
     pairs = zip(model.encode(again, label, attributes), latents, strict=True)
