@@ -1,29 +1,133 @@
-"""The road from pictures to a champion on the whole system, by the commands of the README; and what must not go it."""
+"""The whole system by the commands of the README, from a fresh clone on; and what must not go that road."""
 
 from __future__ import annotations
 
 import http.server
 import json
+import os
 import re
+import signal
+import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from socket import AF_INET
 
 import psutil
 import pytest
 
-from tests.running import RunningStack, jobs
+from jobs.stack.processes import inherited
+from jobs.stack.state import open_stack
+from tests.running import ROOT, RunningStack, jobs, refuse_traces
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"<!-- stack -->\n```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()
+]
+"""What the README says of the whole system, in its order: executed as it stands."""
 
 SUBMIT = [
     "cluster", "submit", "toy32", "--name", "road", "--storage", "s3://glow/runs", "--data.prefix", "s3://glow/faces",
-    "--cluster.workers", "2", "--model.levels", "2", "--model.steps", "2", "--model.width", "8",
-    "--optim.decay", "constant", "--schedule.status-every", "160", "--schedule.checkpoint-every", "1000000",
-    "--evaluate.every", "1000000", "--evaluate.images", "16",
+    "--cluster.workers", "2",
 ]  # fmt: skip
-FOR_EVER = ["--schedule.images", "1000000"]
 CANARY = "5ecre7-canary-d41d8cd98f"
+
+
+@dataclass
+class Walker:
+    """Somebody who types commands, with a home and a temporary folder of their own."""
+
+    place: Path
+    environment: dict[str, str]
+    sourced: list[str] = field(default_factory=list)
+    """Lines that changed the shell's environment, before all that come after."""
+
+    def type(self, line: str, enough: Callable[[str], bool] = lambda said: False) -> tuple[int, str]:
+        """Type a line and read until it ends, or until it has said enough: then Ctrl-C; (exit code, output)."""
+        if line.startswith("source "):
+            self.sourced.append(line)
+        said: list[str] = []
+        with subprocess.Popen(
+            ["bash", "-ec", "\n".join([*self.sourced, line])], cwd=self.place, env=self.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        ) as shell:  # fmt: skip
+            assert shell.stdout is not None
+            for text in shell.stdout:
+                said.append(text)
+                if enough(text):
+                    os.killpg(shell.pid, signal.SIGINT)
+        return shell.returncode, "".join(said)
+
+
+@pytest.fixture
+def walker(tmp_path_factory: pytest.TempPathFactory) -> Walker:
+    """A fresh clone; of this user's home only what pip needs, so that nothing is fetched twice."""
+    folder = tmp_path_factory.mktemp("walk")
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "clone")], check=True)
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+    pip.setdefault("PIP_CACHE_DIR", str(Path.home() / ".cache" / "pip"))
+    settings = Path.home() / ".config" / "pip" / "pip.conf"
+    if settings.exists():
+        pip.setdefault("PIP_CONFIG_FILE", str(settings))
+    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1", "CANARY": CANARY}
+    return Walker(folder / "clone", {**inherited(), **pip, **own})
+
+
+@pytest.mark.road
+@pytest.mark.timeout(1800)
+def test_the_whole_system_as_the_readme_says(walker: Walker, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command in its order; what is watched is left by Ctrl-C once it trains."""
+    said: dict[str, str] = {}
+    for line in COMMANDS:
+        watched = line.endswith(" -f")
+        if line.endswith("stack down"):
+            stack = open_stack(walker.place / "stack")
+            assert stack
+            refuse_secrets(RunningStack(stack=stack), ("faces-1", "faces-2"))
+        start = time.monotonic()
+        code, text = walker.type(line, lambda text, watched=watched: watched and text.startswith("images "))
+        with capsys.disabled():
+            print(f"\n{time.monotonic() - start:5.0f} s  {line}", end="", flush=True)
+        assert code == (130 if watched else 0), f"{line}\n{text}"
+        said[line] = text
+    refuse_road_not_walked(walker.place, said)
+    refuse_traces(stack)
+    refuse_followers(walker)
+
+
+def refuse_road_not_walked(clone: Path, said: dict[str, str]) -> None:
+    """AssertionError unless the run was stopped and went on, and its champion was drawn."""
+    stopped = re.search(r"stopped after a checkpoint at (\d+) images", "".join(said.values()))
+    assert stopped
+    (again,) = [text for line, text in said.items() if line.endswith(" --follow")]
+    assert "faces-2: submitted" in again
+    seen = [int(images) for images in re.findall(r"^images (\d+)/", again, re.MULTILINE)]
+    assert min(seen) > int(stopped[1]), "it goes on from the checkpoint"
+    assert "images 6000/6000" in again
+    assert (clone / "faces.png").stat().st_size > 0
+
+
+def refuse_followers(walker: Walker) -> None:
+    """AssertionError if a process of that home, or a file in its temporary folder or its clone, is left."""
+    home = f"HOME={walker.environment['HOME']}".encode()
+    left = [path for path in Path("/proc").glob("[0-9]*/environ") if home in read(path)]
+    assert not [read(path.with_name("cmdline")) for path in left]
+    assert not list(Path(walker.environment["TMPDIR"]).iterdir())
+    status = subprocess.run(["git", "status", "--porcelain"], cwd=walker.place, capture_output=True, check=True)
+    assert not status.stdout
+
+
+def read(path: Path) -> bytes:
+    """A file of /proc; empty for a process that is gone or somebody else's."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.fixture(scope="module")
@@ -35,52 +139,20 @@ def road(stack: RunningStack, tmp_path_factory: pytest.TempPathFactory) -> Runni
     return stack
 
 
-def said(stack: RunningStack, job: str, words: str, seconds: float = 240) -> str:
-    """The log of a job, as soon as `words` are in it."""
-    deadline = time.monotonic() + seconds
-    while words not in (log := stack.jobs("cluster", "logs", job).stdout):
-        assert time.monotonic() < deadline, log
-        time.sleep(1)
-    return log
-
-
 def dashboard(stack: RunningStack, path: str) -> str:
     bearer = {"Authorization": f"Bearer {stack.stack.credentials['ray_token']}"}
     with urllib.request.urlopen(urllib.request.Request(stack.stack.url("dashboard") + path, headers=bearer)) as answer:
         return answer.read().decode()
 
 
-@pytest.mark.road
-@pytest.mark.timeout(900)
-def test_from_pictures_to_a_champion(road: RunningStack, tmp_path: Path) -> None:
-    first = road.jobs(*SUBMIT, *FOR_EVER, CANARY=CANARY).stdout
-    assert first.startswith("road-1: submitted")
-    said(road, "road", "images 160/")
-    assert "road-1 is at work" in road.jobs(*SUBMIT, *FOR_EVER, check=6).stderr
-    stopped = re.search(r"stopped after a checkpoint at (\d+) images", road.jobs("cluster", "stop", "road").stdout)
-    assert stopped
-    assert "STOPPED   exit 143" in road.jobs("cluster", "status", "road").stdout
-    images = int(stopped[1]) + 320
-    again = road.jobs(*SUBMIT, "--schedule.images", str(images), "--follow").stdout
-    assert "road-2: submitted" in again
-    assert "images 160/" not in again, "it goes on from the checkpoint"
-    assert f"images {images}/{images}" in again
-    road.jobs("evaluate", "s3://glow/runs/road")
-    road.jobs("models", "register", "s3://glow/runs/road", "--registry", "s3://glow/registry")
-    road.jobs("models", "promote", "road", "1")
-    road.jobs("latents", "sample", "models:/road@champion", "--out", str(tmp_path / "s.png"), "--rows", "1")
-    assert (tmp_path / "s.png").stat().st_size > 0
-    refuse_secrets(road)
-
-
-def refuse_secrets(road: RunningStack) -> None:
+def refuse_secrets(road: RunningStack, submissions: Sequence[str]) -> None:
     """No secret, and nothing of the submitter's environment, is anywhere it could be read."""
     secrets = [value for name, value in road.stack.credentials.items() if name != "s3_access_key"]
     listing = json.loads(dashboard(road, "/api/jobs/"))
     seen = {"jobs": json.dumps(listing)}
-    for job in ("road-1", "road-2"):
+    for job in submissions:
         seen |= {job: road.jobs("cluster", "logs", job).stdout, f"{job} info": dashboard(road, f"/api/jobs/{job}")}
-    program = "from pipeline.storage import open_storage as o\ns = o('s3://glow/runs/road')\n"
+    program = "from pipeline.storage import open_storage as o\ns = o('s3://glow/runs/faces')\n"
     program += "for k in s.list(): print(k, s.read(k))"
     seen["run"] = road.python(program).stdout
     for log in (*road.stack.logs.glob("*"), *road.stack.scratch.glob("ray/t/session_2*/logs/**/*")):
@@ -89,7 +161,7 @@ def refuse_secrets(road: RunningStack) -> None:
     found = [(place, index) for place, text in seen.items() for index, s in enumerate([*secrets, CANARY]) if s in text]
     assert not found
     assert len(seen["run"]) > 1000
-    assert {entry["metadata"]["run"] for entry in listing if entry["submission_id"]} == {"road"}
+    assert {entry["metadata"]["run"] for entry in listing if entry["submission_id"]} == {"faces"}
 
 
 @pytest.mark.parametrize(
