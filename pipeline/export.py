@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import tempfile
@@ -142,6 +143,7 @@ def example_conditions(stream: Stream, inputs: Examples) -> Condition:
 
 def lineage_of(run: TrainedRun, manifest: Manifest) -> dict[str, Any]:
     """Where a model comes from: names, places and times, none of which the artifact digest depends on."""
+    commit, changed = revision()
     return {
         "schema": 1,
         "run": run.storage.url,
@@ -150,8 +152,8 @@ def lineage_of(run: TrainedRun, manifest: Manifest) -> dict[str, Any]:
         "step": run.step,
         "images": run.images,
         "data": {"prefix": manifest.storage.url, "digest": manifest.digest, "split": run.config.data.train},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "commit": commit,
+        "dirty": changed,
         "python": platform.python_version(),
         **decoder(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -179,6 +181,17 @@ couplings of width {config.width}, over {config.size} px images of {config.chann
 Limits: it samples what resembles its training images, their biases included; likelihoods rank images by how
 compressible they are as much as by how typical; attributes are those annotated in the data, as annotated.
 """
+
+
+def revision() -> tuple[str, bool]:
+    """(commit of the program's source, whether it was changed since): as git says, else as GLOW_REVISION does.
+
+    An image and a cluster's nodes have no git; there it is COMMIT or COMMIT-dirty.
+    """
+    if commit := _git("rev-parse", "HEAD"):
+        return commit, bool(_git("status", "--porcelain"))
+    told = os.environ.get("GLOW_REVISION", "")
+    return told.removesuffix("-dirty"), told.endswith("-dirty")
 
 
 def _git(*arguments: str) -> str:

@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a relative path means the same on a worker as here
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_JOB_STOP_WAIT_TIME_S": "120",  # between SIGTERM and SIGKILL of a stopped job: it commits a checkpoint
 }
 """What Ray reads at start; every variable is put back afterwards."""
 

@@ -35,6 +35,8 @@ ENTRYPOINT = f"exec python -m jobs train {CONFIG}"
 def submitted(client: Client, config: TrainConfig) -> str:
     """Send a run to the cluster as its next attempt; the submission's id, RUN-ATTEMPT."""
     config = prepared(config)
+    from pipeline.export import revision  # after what may be refused: it brings all of torch
+
     run = open_storage(config.storage).sub(config.name)
     refuse_second(client, config.name, run.url)
     with tempfile.TemporaryDirectory() as scratch:
@@ -44,10 +46,13 @@ def submitted(client: Client, config: TrainConfig) -> str:
         (folder / CONFIG).write_text(text, encoding="utf-8")
         job = claim(run, config.name, {"code": code, "config": sha256_hex(text.encode()), "cluster": client.address})
         metadata = {"run": config.name, "url": run.url, "code": code}
+        commit, changed = revision()
+        environment = {"GLOW_REVISION": f"{commit}-dirty" if changed else commit}  # the package has no git
         with translated(client.address):
             client.ray.submit_job(
-                entrypoint=ENTRYPOINT, submission_id=job, runtime_env={"working_dir": scratch}, metadata=metadata
-            )
+                entrypoint=ENTRYPOINT, submission_id=job, metadata=metadata,
+                runtime_env={"working_dir": scratch, "env_vars": environment},
+            )  # fmt: skip
     return job
 
 

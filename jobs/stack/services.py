@@ -25,9 +25,6 @@ from jobs.stack.state import RAY_PORTS, Stack, write_private
 from pipeline.errors import ConfigError, PipelineError, RemoteError
 
 START_SECONDS = 180
-STOP_SECONDS = 120
-"""How long a stopped job may take to commit its checkpoint."""
-
 POSTGRES_INSTALL = "apt-get install -y --no-install-recommends postgresql"
 
 POSTGRES_SETTINGS = {
@@ -190,7 +187,6 @@ def _ray_node(stack: Stack, name: str, extra: Sequence[str]) -> Process:
         **stack.access["mlflow"],
         **stack.access["ray"],
         **ENVIRONMENT,
-        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS),
         # A broken node is gone after seconds, not half a minute.
         "RAY_health_check_failure_threshold": "3",
     }

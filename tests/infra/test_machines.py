@@ -11,7 +11,10 @@ import jsonschema
 import pytest
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from tests.infra.manifests import INFRA, ROOT, load
+from jobs.cluster import ENVIRONMENT
+from jobs.cluster.jobs import STOP_SECONDS as ASKER_WAITS
+from jobs.cluster.training import STOP_SECONDS as DRIVER_WAITS
+from tests.infra.manifests import INFRA, ROOT, load, rendered
 
 DOCKERFILE = INFRA / "Dockerfile"
 RAY_UP = INFRA / "aws" / "ray-cluster.yaml"
@@ -65,6 +68,34 @@ def test_the_image_installs_only_pinned_packages() -> None:
         assert {re.sub(r"\[.*", "", word).lower() for word in named} <= pinned
     for _, rest in (each for each in instructions() if each[0] == "COPY"):
         assert all((ROOT / word).exists() or word.startswith(("/", ".", "--from")) for word in rest.split()), rest
+
+
+def test_the_image_installs_what_the_project_says_it_needs() -> None:
+    (own,) = [shlex.split(rest)[4:] for name, rest in instructions() if name == "RUN" and "'." in rest]
+    assert own == [".[serve,stack]"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"boto3", "mlflow[auth]", "psycopg2-binary"} <= {re.split("[~>=<]", each)[0] for each in extras["stack"]}
+
+
+def test_the_image_knows_its_commit() -> None:
+    found = instructions()
+    last = found[max(index for index, (name, _) in enumerate(found) if name == "FROM") :]
+    (known,) = [index for index, (name, rest) in enumerate(last) if name == "ENV"]
+    assert "GLOW_REVISION=${REVISION}" in last[known][1].split()
+    assert last.index(("ARG", "REVISION=")) < known
+    for command in re.findall(r"docker build[^`]*?\.\n", (INFRA / "README.md").read_text()):
+        assert "--build-arg REVISION=$(git rev-parse HEAD)" in command
+
+
+def test_a_stopped_job_has_as_long_as_on_one_machine() -> None:
+    patience = ENVIRONMENT["RAY_JOB_STOP_WAIT_TIME_S"]
+    assert DRIVER_WAITS < int(patience) < ASKER_WAITS
+    assert f"--env RAY_JOB_STOP_WAIT_TIME_S={patience}" in ray_up()["docker"]["run_options"]
+    (names,) = [found["data"] for found in rendered(INFRA / "kuberay/base") if found["kind"] == "ConfigMap"]
+    assert names["RAY_JOB_STOP_WAIT_TIME_S"] == patience
+    (cluster,) = [found for found in rendered(INFRA / "kuberay/base") if found["kind"] == "RayCluster"]
+    (group,) = cluster["spec"]["workerGroupSpecs"]
+    assert group["template"]["spec"]["terminationGracePeriodSeconds"] == int(patience)
 
 
 def test_nothing_but_the_source_reaches_the_image() -> None:

@@ -18,6 +18,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from jobs.train import main, parse
 from pipeline.config import TrainConfig, refuse_impossible
@@ -275,3 +277,24 @@ def test_versions_agree() -> None:
     assert set(re.findall(r"glow-pipeline:([\w.-]+)", (INFRA / "aws/ray-cluster.yaml").read_text())) == {
         f"{project['version']}-cpu", f"{project['version']}-cuda",
     }  # fmt: skip
+
+
+def test_what_the_project_asks_for_is_what_is_pinned() -> None:
+    """constraints.txt, by which the image and `make` install, holds every requirement within its bounds."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {
+        canonicalize_name(name): version
+        for name, _, version in (line.partition("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+        if version
+    }
+    extras = [each for extra in project["optional-dependencies"].values() for each in extra]
+    asked = [Requirement(each) for each in (*project["dependencies"], *extras) if "glow-pipeline" not in each]
+    assert len(asked) > 20
+    wrong = [str(each) for each in asked if not each.specifier.contains(pinned.get(canonicalize_name(each.name), "0"))]
+    assert not wrong
+
+
+def test_the_runbook_names_the_versions_in_use() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for path in (INFRA / "README.md", INFRA / "Dockerfile"):
+        assert set(re.findall(r"glow-pipeline:([\d.]+)-", path.read_text())) == {project["version"]}
