@@ -14,7 +14,7 @@ import pytest
 from hypothesis import settings
 
 from pipeline.errors import ConfigError
-from tests.running import RunningStack, running_stack
+from tests.running import RunningStack, jobs, running_stack
 from tests.s3server import s3_server
 
 SERVERS = {"stack", "s3"}
@@ -80,6 +80,8 @@ def stack() -> Iterator[RunningStack]:
             for process in running.stack.state.processes.values():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
+            refused = jobs("stack", "up", "--folder", str(running.folder), "--fault-proxy")
+            assert (refused.returncode, "in memory" in refused.stderr) == (6, True), refused.stderr
     except ConfigError as error:
         pytest.skip(str(error))
     finally:

@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 
 from jobs.stack.processes import Process, belonging, end
-from jobs.stack.services import STARTS, part_of, refuse_missing, well
+from jobs.stack.services import STARTS, make_bucket, part_of, refuse_missing, well
 from jobs.stack.state import CREDENTIALS, ENV, LOCK, STATE, Options, Stack, locked, new_stack, open_stack
 from pipeline.errors import ConfigError, ConflictError, PipelineError
 
-NEEDS = {"bucket": ("s3", "faults"), "mlflow": ("postgres",)}
+NEEDS = {"bucket": ("s3",), "mlflow": ("postgres",)}
 IPC_RMID = 0
 POLITE_SECONDS = 3.0
 
@@ -99,6 +99,8 @@ def _fresh(folder: Path, options: Options) -> Stack:
     stack = new_stack(folder, options)
     try:
         refuse_missing(stack)
+        if options.s3:
+            make_bucket(stack)  # a server that lets nobody in is known before anything is started
     except PipelineError:
         _clear(stack)
         raise
@@ -114,8 +116,8 @@ def _start(stack: Stack, parts: set[str], say: Say) -> None:
     def start(part: str, needs: list[Future[None]]) -> None:
         for need in needs:
             need.result()
-        STARTS[part](stack)
-        say(f"{part}: up after {time.monotonic() - begun:.0f} s")
+        remark = STARTS[part](stack) or ""
+        say(f"{part}: up after {time.monotonic() - begun:.0f} s{remark}")
 
     order = [part for part in STARTS if part in parts]
     with ThreadPoolExecutor(len(order)) as pool:

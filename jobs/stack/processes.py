@@ -136,6 +136,15 @@ def end(processes: Iterable[Process], number: signal.Signals, seconds: float) ->
     return left
 
 
+def fate(process: Process) -> str:
+    """How a child of this process that is no longer alive ended; empty where nobody knows."""
+    with contextlib.suppress(ChildProcessError):
+        _, status = os.waitpid(process.pid, os.WNOHANG)
+        code = os.waitstatus_to_exitcode(status)
+        return f"by signal {-code}" if code < 0 else f"with exit code {code}"
+    return ""
+
+
 def free_ports(count: int) -> list[int]:
     """Ports of the loopback that nobody listens on."""
     found: list[int] = []

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs.stack import ceph
-from jobs.stack.processes import Process, as_user, inherited, listening, spawn
+from jobs.stack.processes import Process, as_user, fate, inherited, listening, spawn
 from jobs.stack.state import RAY_PORTS, Stack, write_private
 from pipeline.errors import ConfigError, PipelineError, RemoteError
 
@@ -110,8 +110,9 @@ def start_mlflow(stack: Stack) -> None:
     _until_well(stack, "mlflow", _spawn(stack, "mlflow", command, extra))
 
 
-def start_ray(stack: Stack) -> None:
-    """Ray's head and the worker nodes; the head does no work itself."""
+def start_ray(stack: Stack) -> str:
+    """Ray's head and the worker nodes; the head does no work itself. Says which node needed a second attempt, and why.
+    """
     ports, private = stack.state.ports, stack.scratch / "ray"
     private.mkdir(mode=0o700, exist_ok=True)  # Ray lets everyone into its own folder
     nodes = [name for name in stack.state.options.services if name.startswith("ray-node")]
@@ -125,24 +126,39 @@ def start_ray(stack: Stack) -> None:
     joining = ["--num-cpus=1", f"--address=127.0.0.1:{ports['gcs']}"]
     members = {name: _ray_node(stack, name, joining) for name in nodes}
     _until_well(stack, "ray-head", leader)
+    remarks = []
     for name, member in members.items():
         try:
             _until_well(stack, name, member)
-        except PipelineError:  # seen once on a machine under load: it ended without a word
+        except PipelineError as error:  # a node under load may miss one of Ray's own deadlines
             _until_well(stack, name, _ray_node(stack, name, joining))
+            remarks.append(f", at the second attempt: {error.what}")
+    return "".join(remarks)
+
+
+MAKE_BUCKET = """
+import sys
+from pipeline.errors import PipelineError
+from pipeline.storage import make_bucket
+try:
+    make_bucket(sys.argv[1])
+except PipelineError as error:
+    sys.exit(str(error))
+"""
 
 
 def make_bucket(stack: Stack) -> None:
-    """The bucket, by a process of its own: this one's environment is not the stack's."""
-    program = f"from pipeline.storage import make_bucket; make_bucket({stack.state.options.bucket!r})"
-    environment = {**stack.environment("s3"), "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    """The bucket, past the proxy, by a process of its own: this one's environment is not the stack's."""
+    environment = {**stack.environment("s3"), "AWS_ENDPOINT_URL": stack.s3}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", MAKE_BUCKET, stack.state.options.bucket]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or [""])[-1]
-        raise RemoteError(f"no bucket: {said}", where=f"{stack.s3}, s3://{stack.state.options.bucket}")
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        raise RemoteError(f"no bucket: {said}", where=stack.s3)
 
 
-STARTS: dict[str, Callable[[Stack], None]] = {
+STARTS: dict[str, Callable[[Stack], str | None]] = {
     "s3": start_s3,
     "faults": start_faults,
     "bucket": make_bucket,
@@ -150,7 +166,7 @@ STARTS: dict[str, Callable[[Stack], None]] = {
     "mlflow": start_mlflow,
     "ray": start_ray,
 }
-"""What is started as a whole."""
+"""What is started as a whole, and may have a remark on it."""
 
 
 def part_of(service: str) -> str:
@@ -209,15 +225,21 @@ def _wait(ready: Callable[[], bool], process: Process, name: str, stack: Stack) 
     while not ready():
         log = stack.logs / f"{name}.log"
         if not process.alive:
-            raise PipelineError(f"{name} ended at once: {_last_line(log)}", where=str(log))
+            ended = f"{name} ended at once {fate(process)}".rstrip()
+            raise PipelineError(f"{ended}: {_last_word(stack, name)}", where=str(log))
         if time.monotonic() > end:
             raise PipelineError(f"{name} is not well after {START_SECONDS} s", where=str(log))
         time.sleep(0.2)
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip()[:200] if lines else "it said nothing"
+def _last_word(stack: Stack, name: str) -> str:
+    """The last line of a service's log; a Ray node may have said more in one of Ray's own."""
+    logs = [stack.logs / f"{name}.log"]
+    if name.startswith("ray-"):
+        own = (stack.scratch / "ray").glob("t/session_2*/logs/*.err")
+        logs += sorted(own, key=lambda log: log.stat().st_mtime, reverse=True)
+    said = [lines[-1].strip()[:200] for log in logs if (lines := log.read_text(errors="replace").strip().splitlines())]
+    return " | ".join(said[:2]) or "it said nothing"
 
 
 def _status(url: str, headers: dict[str, str] | None = None) -> int:

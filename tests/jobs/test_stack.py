@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import psutil
+import pytest
 
 from jobs.stack.processes import belonging, end
 from tests.running import RunningStack, jobs, refuse_traces, running_stack
@@ -100,22 +101,48 @@ def test_ray_lets_in_who_has_the_token(stack: RunningStack) -> None:
 
 
 def test_what_can_be_started_again_is(tmp_path: Path, stack: RunningStack) -> None:
-    """A stack of its own on the first one's S3: its database and its MLflow are killed, then all of it."""
-    with running_stack(tmp_path / "more", ray=False, nodes=0, fault_proxy=False) as more:
-        folder, state = str(more.folder), more.stack.state
-        killed = [state.processes[name] for name in ("mlflow", "postgres")]
-        end(killed, signal.SIGKILL, 10)
-        assert jobs("stack", "status", "--folder", folder).returncode == 7
-        again = jobs("stack", "up", "--folder", folder, "--no-ray")
-        assert again.returncode == 0, again.stderr
-        assert jobs("stack", "status", "--folder", folder).returncode == 0
-        end([state.processes["ceph-osd"], state.processes["s3"]], signal.SIGKILL, 10)
-        refused = jobs("stack", "up", "--folder", folder, "--no-ray")
-        assert refused.returncode == 6
-        assert "in memory" in refused.stderr
-        assert jobs("stack", "down", "--folder", folder).returncode == 0
-        refuse_traces(more.stack)
-        assert jobs("stack", "down", "--folder", folder).returncode == 0
+    """A stack of its own on an S3 server there is, the first one's: its database and its MLflow are killed."""
+    options = ["--s3", stack.stack.s3, "--bucket", "more", "--no-ray"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in stack.s3_environment.items():
+            patch.setenv(name, value)
+        with running_stack(
+            tmp_path / "more", s3=stack.stack.s3, bucket="more", ray=False, nodes=0, fault_proxy=False
+        ) as more:
+            folder, state = ["--folder", str(more.folder)], more.stack.state
+            assert list(state.processes) == ["postgres", "mlflow"]
+            more.python("from pipeline.storage import open_storage as o; o('s3://more').write('key', b'kept')")
+            end([state.processes[name] for name in ("mlflow", "postgres")], signal.SIGKILL, 10)
+            assert jobs("stack", "status", *folder).returncode == 7
+            again = jobs("stack", "up", *folder, *options)
+            assert again.returncode == 0, again.stderr
+            assert jobs("stack", "status", *folder).returncode == 0
+            assert jobs("stack", "down", *folder).returncode == 0
+            refuse_traces(more.stack)
+            assert jobs("stack", "down", *folder).returncode == 0
+    kept = stack.python("from pipeline.storage import open_storage as o; print(o('s3://more').read('key'))")
+    assert kept.stdout == "b'kept'\n", "what lies in somebody's S3 is not the stack's to remove"
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, 7, "access refused"),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, 3, "export AWS_ACCESS_KEY_ID"),
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 7, "check the endpoint"),
+    ],
+)
+def test_an_s3_that_lets_nobody_in_is_one_line(
+    tmp_path: Path, stack: RunningStack, change: dict[str, str], code: int, words: str
+) -> None:
+    known = stack.s3_environment | change
+    folder = ["--folder", str(tmp_path / "stack")]
+    said = jobs("stack", "up", *folder, "--s3", known["AWS_ENDPOINT_URL"], "--no-ray", environment=known)
+    assert said.returncode == code
+    assert words in said.stderr
+    assert said.stderr.count("\n") == 1
+    assert jobs("stack", "down", *folder).returncode == 0
+    assert not (tmp_path / "stack").exists()
 
 
 def test_a_missing_package_is_one_line_with_its_cure(tmp_path: Path) -> None:

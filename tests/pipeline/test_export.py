@@ -36,7 +36,7 @@ def test_without_git_the_environment_says_the_commit(tmp_path: Path) -> None:
 
 
 def test_git_knows_better() -> None:
-    done = subprocess.run(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True)
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("this is no clone")
     with pytest.MonkeyPatch.context() as patch:
