@@ -181,8 +181,11 @@ def well(stack: Stack, service: str) -> bool:
         return False
     if service == "s3":
         return ceph.answers(stack.url("s3"))
-    if service in ("faults", "postgres"):
-        return listening(ports[service])
+    if service == "faults":
+        return listening(ports["faults"])
+    if service == "postgres":  # after a crash it listens long before it takes anybody
+        ask = [_postgres_program("pg_isready"), "--quiet", "--host=127.0.0.1", f"--port={ports['postgres']}"]
+        return subprocess.run(ask, env=inherited()).returncode == 0
     if service == "mlflow":
         return _status(stack.url("mlflow") + "/health") == 200
     if service == "ray-head":
