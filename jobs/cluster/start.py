@@ -45,7 +45,7 @@ ENVIRONMENT = {
 def started(cluster: ClusterConfig) -> Iterator[Path]:
     """Ray, connected or started here, and a folder for what it writes; all of it gone afterwards."""
     _sweep()
-    folder = Path(tempfile.mkdtemp(prefix=f"glow-{os.getpid()}-", dir=_short_folder()))
+    folder = Path(tempfile.mkdtemp(prefix=f"glow-{os.getpid()}-", dir=short_folder()))
     others = set(psutil.Process().children(recursive=True))
     with _environment(cluster), _signals_kept(), contextlib.redirect_stdout(io.StringIO()):
         import ray
@@ -136,7 +136,7 @@ def _reap(processes: set[psutil.Process]) -> None:
     psutil.wait_procs(left, timeout=5)
 
 
-def _short_folder() -> str:
+def short_folder() -> str:
     """The folder for temporary files, or /tmp where that is too long for a socket's name (107 bytes in all)."""
     usual = tempfile.gettempdir()
     return usual if len(usual) < 30 else "/tmp"
@@ -144,7 +144,7 @@ def _short_folder() -> str:
 
 def _sweep() -> None:
     """Remove what a killed driver of this user left."""
-    for folder in Path(_short_folder()).glob("glow-*-*"):
+    for folder in Path(short_folder()).glob("glow-*-*"):
         owner = re.fullmatch(r"glow-(\d+)-\w+", folder.name)
         if owner and not Path(f"/proc/{owner[1]}").exists() and folder.stat().st_uid == os.getuid():
             shutil.rmtree(folder, ignore_errors=True)

@@ -239,7 +239,8 @@ def _last_word(stack: Stack, name: str) -> str:
     """The last line of a service's log; a Ray node may have said more in one of Ray's own."""
     logs = [stack.logs / f"{name}.log"]
     if name.startswith("ray-"):
-        own = (stack.scratch / "ray").glob("t/session_2*/logs/*.err")
+        own = stack.scratch.glob("ray/t/session_2*/logs/*")
+        own = (log for log in own if log.suffix == ".err" or log.name == "ray_process_exit.log")
         logs += sorted(own, key=lambda log: log.stat().st_mtime, reverse=True)
     said = [lines[-1].strip()[:200] for log in logs if (lines := log.read_text(errors="replace").strip().splitlines())]
     return " | ".join(said[:2]) or "it said nothing"

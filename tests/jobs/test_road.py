@@ -19,8 +19,10 @@ from socket import AF_INET
 import psutil
 import pytest
 
+from jobs.stack.ceph import refuse_missing
 from jobs.stack.processes import inherited
 from jobs.stack.state import open_stack
+from pipeline.errors import ConfigError
 from tests.running import ROOT, RunningStack, jobs, refuse_traces
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,6 +67,10 @@ class Walker:
 @pytest.fixture
 def walker(tmp_path_factory: pytest.TempPathFactory) -> Walker:
     """A fresh clone; of this user's home only what pip needs, so that nothing is fetched twice."""
+    try:
+        refuse_missing()
+    except ConfigError as error:
+        pytest.skip(str(error))
     folder = tmp_path_factory.mktemp("walk")
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(folder / "clone")], check=True)
     for name in ("home", "tmp"):
@@ -117,7 +123,8 @@ def refuse_followers(walker: Walker) -> None:
     home = f"HOME={walker.environment['HOME']}".encode()
     left = [path for path in Path("/proc").glob("[0-9]*/environ") if home in read(path)]
     assert not [read(path.with_name("cmdline")) for path in left]
-    assert not list(Path(walker.environment["TMPDIR"]).iterdir())
+    # torch makes this one when it is imported, for its compiler, and finds it again.
+    assert not [path for path in Path(walker.environment["TMPDIR"]).iterdir() if "torchinductor" not in path.name]
     status = subprocess.run(["git", "status", "--porcelain"], cwd=walker.place, capture_output=True, check=True)
     assert not status.stdout
 
