@@ -116,8 +116,8 @@ def _start(stack: Stack, parts: set[str], say: Say) -> None:
     def start(part: str, needs: list[Future[None]]) -> None:
         for need in needs:
             need.result()
-        remark = STARTS[part](stack) or ""
-        say(f"{part}: up after {time.monotonic() - begun:.0f} s{remark}")
+        STARTS[part](stack)
+        say(f"{part}: up after {time.monotonic() - begun:.0f} s")
 
     order = [part for part in STARTS if part in parts]
     with ThreadPoolExecutor(len(order)) as pool:
@@ -135,10 +135,10 @@ def _services(stack: Stack, part: str) -> set[str]:
 
 def _keep_logs(stack: Stack) -> None:
     """Ray's and Ceph's own logs, to where the others are."""
-    sessions = stack.scratch.glob("ray/t/session_2*/logs")
+    sessions = stack.scratch.glob("ray/*/session_2*/logs")
     for folder in (*sessions, stack.scratch / "s3"):
         for log in (*folder.glob("*.log"), *folder.glob("*.out"), *folder.glob("*.err")):
-            shutil.copy(log, stack.logs / f"{folder.parent.name}-{log.name}")
+            shutil.copy(log, stack.logs / "-".join([*folder.relative_to(stack.scratch).parts[:2], log.name]))
 
 
 def _clear(stack: Stack) -> int:

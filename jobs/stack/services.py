@@ -110,30 +110,22 @@ def start_mlflow(stack: Stack) -> None:
     _until_well(stack, "mlflow", _spawn(stack, "mlflow", command, extra))
 
 
-def start_ray(stack: Stack) -> str:
-    """Ray's head and the worker nodes; the head does no work itself. Says which node needed a second attempt, and why.
-    """
-    ports, private = stack.state.ports, stack.scratch / "ray"
-    private.mkdir(mode=0o700, exist_ok=True)  # Ray lets everyone into its own folder
+def start_ray(stack: Stack) -> None:
+    """Ray's head and the worker nodes; the head does no work itself."""
+    ports = stack.state.ports
+    (stack.scratch / "ray").mkdir(mode=0o700, exist_ok=True)  # Ray lets everyone into its own folders
     nodes = [name for name in stack.state.options.services if name.startswith("ray-node")]
     head = [
         "--head", "--num-cpus=0", f"--port={ports['gcs']}", f"--ray-client-server-port={ports['client']}",
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports['dashboard']}",
-        f"--temp-dir={private / 't'}",
     ]  # fmt: skip
     leader = _ray_node(stack, "ray-head", head)
     _wait(lambda: listening(ports["gcs"]), leader, "ray-head", stack)
     joining = ["--num-cpus=1", f"--address=127.0.0.1:{ports['gcs']}"]
     members = {name: _ray_node(stack, name, joining) for name in nodes}
     _until_well(stack, "ray-head", leader)
-    remarks = []
     for name, member in members.items():
-        try:
-            _until_well(stack, name, member)
-        except PipelineError as error:  # a node under load may miss one of Ray's own deadlines
-            _until_well(stack, name, _ray_node(stack, name, joining))
-            remarks.append(f", at the second attempt: {error.what}")
-    return "".join(remarks)
+        _until_well(stack, name, member)
 
 
 MAKE_BUCKET = """
@@ -158,7 +150,7 @@ def make_bucket(stack: Stack) -> None:
         raise RemoteError(f"no bucket: {said}", where=stack.s3)
 
 
-STARTS: dict[str, Callable[[Stack], str | None]] = {
+STARTS: dict[str, Callable[[Stack], None]] = {
     "s3": start_s3,
     "faults": start_faults,
     "bucket": make_bucket,
@@ -166,7 +158,7 @@ STARTS: dict[str, Callable[[Stack], str | None]] = {
     "mlflow": start_mlflow,
     "ray": start_ray,
 }
-"""What is started as a whole, and may have a remark on it."""
+"""What is started as a whole."""
 
 
 def part_of(service: str) -> str:
@@ -194,6 +186,11 @@ def well(stack: Stack, service: str) -> bool:
     return listening(ports[f"{service}.dashboard-agent-listen"]) if service.startswith("ray-") else True
 
 
+def ray_folder(stack: Stack, name: str) -> Path:
+    """Where a Ray node keeps its sockets and its own logs; short, for the sockets' sake."""
+    return stack.scratch / "ray" / name.removeprefix("ray-")
+
+
 def _ray_node(stack: Stack, name: str, extra: Sequence[str]) -> Process:
     from jobs.cluster import ENVIRONMENT
 
@@ -209,7 +206,9 @@ def _ray_node(stack: Stack, name: str, extra: Sequence[str]) -> Process:
         # A broken node is gone after seconds, not half a minute.
         "RAY_health_check_failure_threshold": "3",
     }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, *ports, *extra]
+    # Nodes of one folder that start at the same time choose the same names for their sockets, and one dies of it.
+    place = f"--temp-dir={ray_folder(stack, name)}"
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, place, *ports, *extra]
     return _spawn(stack, name, command, environment)
 
 
@@ -239,7 +238,7 @@ def _last_word(stack: Stack, name: str) -> str:
     """The last line of a service's log; a Ray node may have said more in one of Ray's own."""
     logs = [stack.logs / f"{name}.log"]
     if name.startswith("ray-"):
-        own = stack.scratch.glob("ray/t/session_2*/logs/*")
+        own = ray_folder(stack, name).glob("session_2*/logs/*")
         own = (log for log in own if log.suffix == ".err" or log.name == "ray_process_exit.log")
         logs += sorted(own, key=lambda log: log.stat().st_mtime, reverse=True)
     said = [lines[-1].strip()[:200] for log in logs if (lines := log.read_text(errors="replace").strip().splitlines())]

@@ -162,7 +162,7 @@ def refuse_secrets(road: RunningStack, submissions: Sequence[str]) -> None:
     program = "from pipeline.storage import open_storage as o\ns = o('s3://glow/runs/faces')\n"
     program += "for k in s.list(): print(k, s.read(k))"
     seen["run"] = road.python(program).stdout
-    for log in (*road.stack.logs.glob("*"), *road.stack.scratch.glob("ray/t/session_2*/logs/**/*")):
+    for log in (*road.stack.logs.glob("*"), *road.stack.scratch.glob("ray/*/session_2*/logs/**/*")):
         if log.is_file():
             seen[str(log)] = log.read_text(errors="replace")
     found = [(place, index) for place, text in seen.items() for index, s in enumerate([*secrets, CANARY]) if s in text]

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from jobs.stack.processes import belonging, end
+from jobs.stack.services import ray_folder
 from tests.running import RunningStack, jobs, refuse_traces, running_stack
 
 
@@ -53,6 +54,14 @@ def test_other_options_are_refused_with_the_cure(stack: RunningStack) -> None:
     assert said.returncode == 6
     assert "stack down" in said.stderr
     assert said.stderr.count("\n") == 1
+
+
+def test_every_ray_node_has_a_folder_of_its_own(stack: RunningStack) -> None:
+    """Two that shared one chose the same socket when they started at once: `bind: Address already in use`."""
+    for name in ("ray-head", "ray-node-1", "ray-node-2"):
+        sockets = {path.name for path in ray_folder(stack.stack, name).glob("session_2*/sockets/*") if path.is_socket()}
+        assert {"plasma_store", "raylet"} <= sockets
+        assert not {"plasma_store.1", "raylet.1"} & sockets
 
 
 def test_secrets_are_their_owners_alone(stack: RunningStack) -> None:
