@@ -41,12 +41,21 @@ def refuse_missing(stack: Stack) -> None:
     """ConfigError naming the first thing that is not installed, and the command that installs it."""
     if not sys.platform.startswith("linux"):
         raise ConfigError("the stack needs Linux", cure="use containers or a virtual machine")
-    if not stack.state.options.s3:
+    if stack.state.options.s3:
+        _refuse_silent(stack.state.options.s3)
+    else:
         ceph.refuse_missing()
     _postgres_program("initdb")
     if any(importlib.util.find_spec(module) is None for module in ("psycopg2", "flask_wtf")):
         raise ConfigError("MLflow's server lacks its database driver or its logins",
                           cure="pip install 'glow-pipeline[stack]'  (here: pip install -e '.[stack]')")  # fmt: skip
+
+
+def _refuse_silent(endpoint: str) -> None:
+    if not endpoint.startswith(("http://", "https://")):
+        raise ConfigError("not an S3 endpoint", where=endpoint, cure="--s3 http://HOST:PORT")
+    if not ceph.answers(endpoint):
+        raise RemoteError("nobody answers", where=endpoint, cure="check the endpoint given as --s3")
 
 
 def start_s3(stack: Stack) -> None:
