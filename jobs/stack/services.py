@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -129,7 +130,8 @@ def start_ray(stack: Stack) -> None:
         "--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={ports['dashboard']}",
     ]  # fmt: skip
     leader = _ray_node(stack, "ray-head", head)
-    _wait(lambda: listening(ports["gcs"]), leader, "ray-head", stack)
+    # Who joins asks for the head's own node, and gives up when that is long in coming.
+    _wait(lambda: listening(ports["ray-head.node-manager"]), leader, "ray-head", stack)
     joining = ["--num-cpus=1", f"--address=127.0.0.1:{ports['gcs']}"]
     members = {name: _ray_node(stack, name, joining) for name in nodes}
     _until_well(stack, "ray-head", leader)
@@ -244,14 +246,19 @@ def _wait(ready: Callable[[], bool], process: Process, name: str, stack: Stack) 
 
 
 def _last_word(stack: Stack, name: str) -> str:
-    """The last line of a service's log; a Ray node may have said more in one of Ray's own."""
+    """The last error of a service's log, or its last line; a Ray node may have said more in one of Ray's own."""
     logs = [stack.logs / f"{name}.log"]
     if name.startswith("ray-"):
         own = ray_folder(stack, name).glob("session_2*/logs/*")
         own = (log for log in own if log.suffix == ".err" or log.name == "ray_process_exit.log")
         logs += sorted(own, key=lambda log: log.stat().st_mtime, reverse=True)
-    said = [lines[-1].strip()[:200] for log in logs if (lines := log.read_text(errors="replace").strip().splitlines())]
+    said = [_last_error(lines) for log in logs if (lines := log.read_text(errors="replace").strip().splitlines())]
     return " | ".join(said[:2]) or "it said nothing"
+
+
+def _last_error(lines: Sequence[str]) -> str:
+    errors = [line for line in lines if re.search("error|exception", line, re.IGNORECASE)]
+    return (errors or lines)[-1].strip()[:200]
 
 
 def _status(url: str, headers: dict[str, str] | None = None) -> int:
