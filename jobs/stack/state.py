@@ -94,7 +94,8 @@ class Stack:
     def environment(self, *kinds: str) -> dict[str, str]:
         """What a service is started with: the little it inherits, the mark, and the credentials of these kinds."""
         chosen = {name: value for kind in kinds for name, value in self.access[kind].items()}
-        return {**inherited(), MARK: self.state.mark, **chosen}
+        # What a killed service leaves among temporary files goes with the stack.
+        return {**inherited(), "TMPDIR": str(self.scratch / "tmp"), MARK: self.state.mark, **chosen}
 
     @property
     def access(self) -> dict[str, dict[str, str]]:
@@ -156,6 +157,7 @@ def new_stack(folder: Path, options: Options) -> Stack:
     hosts = ["ray-head", *(f"ray-node-{n}" for n in range(1, options.nodes + 1))]
     names += [f"{host}.{port}" for host in hosts for port in RAY_PORTS]
     scratch = tempfile.mkdtemp(prefix="glow-stack-", dir="/tmp")
+    Path(scratch, "tmp").mkdir(mode=0o700)
     os.chmod(scratch, 0o711)  # the database's user passes through; the folders in it are private
     state = State(
         mark=secrets.token_hex(8),
