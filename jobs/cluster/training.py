@@ -3,7 +3,7 @@
 `train` runs the ordinary loop on Ray Train workers and gives back what the loop returns. Ray holds no checkpoint of
 ours: every attempt has a new name under a folder that goes away, because Ray takes a known name for the same run and
 would skip it; what resumes is the run folder, by the loop itself. That folder is on the driver's host alone: no worker
-touches it (docs/decisions/0020). Without an address Ray is started here and goes when
+touches it (docs/decisions/0015). Without an address Ray is started here and goes when
 the work is done, with every process and file it made. Ray is imported inside functions: its core reads the variables
 of `_environment` once, when it is first imported.
 """

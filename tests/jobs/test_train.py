@@ -61,7 +61,7 @@ def test_two_ray_workers_and_a_kill_learn_the_same(plain: Path, tmp_path: Path) 
         if line.startswith("images 480/") and not killed:
             workers = [p for p in process.children(recursive=True) if p.name().startswith("ray::RayTrainWo")]
             assert len(workers) == 2
-            # A worker on another host never saw the folder of Ray Train's notes (docs/decisions/0020).
+            # A worker on another host never saw the folder of Ray Train's notes (docs/decisions/0015).
             (notes,) = Path(short_folder()).glob(f"glow-{process.pid}-*/train")
             shutil.rmtree(notes)
             killed.append(workers[1].pid)
