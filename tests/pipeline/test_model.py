@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,8 @@ from pipeline.errors import DataError, UsageError
 from pipeline.model import COVERED, LoadedModel, read_model, verify_model
 from pipeline.storage import canonical_json, open_storage, sha256_hex
 from tests.pipeline.models import tiny_config, tiny_model, write_tiny
+
+ROOT = str(Path(__file__).parents[2])
 
 
 @pytest.fixture
@@ -181,3 +187,51 @@ def test_changed_weights_are_noticed_by_the_golden_pixels(folder: Path) -> None:
         next(p for p in loaded.model.parameters() if p.abs().max() > 0).add_(0.1)
     assert isinstance(loaded.model, Glow)
     assert not verify_model(loaded).passed
+
+
+LOADER = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+BLOCKED = {"ray", "mlflow", "s3fs", "fsspec", "boto3", "botocore", "webdataset", "tyro", "rich", "pandas", "yaml"}
+sys.meta_path.insert(0, Absent())
+from pipeline.model import verify_model
+from pipeline.registry import load_model
+loaded = load_model(sys.argv[1])
+check = verify_model(loaded)
+assert check.levels == 0, check
+pixels = loaded.sample(range(3), 0.7, "+Smiling")
+print(loaded.digest, int(pixels.long().sum()), pixels.dtype)
+assert not BLOCKED & set(sys.modules), BLOCKED & set(sys.modules)
+"""
+
+
+def test_a_model_loads_by_path_where_neither_ray_nor_mlflow_is_installed(folder: Path) -> None:
+    command = [sys.executable, "-c", LOADER, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": ROOT})
+    assert done.returncode == 0, done.stderr
+    loaded = load(folder)
+    total = int(loaded.sample(range(3), 0.7, "+Smiling").long().sum())
+    assert done.stdout.split() == [loaded.digest, str(total), "torch.uint8"]
+
+
+@pytest.mark.nightly
+def test_a_model_loads_by_path_in_an_environment_with_torch_alone(folder: Path, tmp_path: Path) -> None:
+    """A venv with what loading needs and nothing else, from the package registry."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    needs = [f"{name}=={importlib.metadata.version(name)}" for name in NEEDED]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *needs], check=True)
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
+    command = [python, "-c", LOADER, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == load(folder).digest
+
+
+NEEDED = ("torch", "numpy", "safetensors", "pillow", "pydantic", "tomli-w")
+"""What `load_model` of a path imports."""
