@@ -20,6 +20,7 @@ import tyro
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
     from pipeline.evaluate import Evaluation
+    from pipeline.judge import Judge
     from pipeline.report import Report
     from pipeline.review import Subject
 
@@ -41,6 +42,7 @@ def evaluate(
     temperature: float = 0.7,
     beside: str = "",
     workers: int = 0,
+    judge: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     uri: str = "",
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
 ) -> int:
@@ -55,6 +57,8 @@ def evaluate(
         temperature: Of the sample grid.
         beside: A model, the champion say, whose samples of the same seeds the report shows too.
         workers: Ray workers that share the images; 0 evaluates in this process. The figures are the same.
+        judge: Train a classifier of attributes (a minute for small images; kept beside a run) that says whether samples
+            show what they were asked for.
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
         dry_run: Open everything, say what would be evaluated, write nothing.
     """
@@ -74,7 +78,8 @@ def evaluate(
         print(f"dry run: would write {' and '.join(places) or 'nothing'}")
         return 0
     shared = _on_ray(subject, target, split, max_images, uri, workers) if workers else None
-    found = review(subject, split, max_images, temperature, shared, load_model(beside, uri) if beside else None)
+    champion, seen = load_model(beside, uri) if beside else None, _judge(subject) if judge else None
+    found = review(subject, split, max_images, temperature, shared, champion, seen)
     if subject.run:
         keep_review(subject.run, found)
         show_in_mlflow(subject, found)
@@ -83,6 +88,13 @@ def evaluate(
     _print(found)
     print("\n".join(f"report: {place}" for place in places))
     return 0
+
+
+def _judge(subject: Subject) -> Judge:
+    from pipeline.judge import judge_for
+
+    kept = subject.run.sub("judge") if subject.run else None
+    return judge_for(subject.manifest, subject.config.data, kept, say=print)
 
 
 def _on_ray(subject: Subject, target: str, split: str, images: int, uri: str, workers: int) -> dict[str, Evaluation]:
@@ -131,6 +143,8 @@ def _print(found: Report) -> None:
     print(f"{'round trip':12} {found.main.round_trip:8.1e}, {found.main.exact:.0%} of the images exact to the bit")
     least = min((level.p for level in found.own_samples), default=1.0)
     print(f"{'own samples':12} {least:8.2f} is the least p of a level against the standard normal")
+    for name, each in found.conditioning.items():
+        print(f"{name:20} there when asked {each.present:4.0%}, gone when asked {each.absent:4.0%}")
     if found.neighbours:
         print(f"{'memorised':12} {found.neighbours.ratio:8.2f} x the held-out distance to the nearest training image")
 

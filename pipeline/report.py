@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from pipeline.charts import Points, columns, curve, histogram
+from pipeline.conditioning import Obedience
 from pipeline.evaluate import Evaluation, Figure
 from pipeline.gates import Result
 from pipeline.neighbours import Neighbours
@@ -48,6 +49,8 @@ class Report:
     """Of every level: whether the latents found in the model's own samples are standard normal."""
     neighbours: Neighbours | None = None
     """How near samples come to training images."""
+    conditioning: Mapping[str, Obedience] = field(default_factory=dict)
+    """Of every attribute that was judged."""
     curves: Mapping[str, Points] = field(default_factory=dict)
     """"train" and "val": (images seen, bits per dimension)."""
     pictures: Sequence[Picture] = ()
@@ -82,6 +85,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "codecs": {name: asdict(found) for name, found in report.codecs.items()},
         "own_samples": [asdict(found) for found in report.own_samples],
         "neighbours": asdict(report.neighbours) if report.neighbours else None,
+        "conditioning": {name: asdict(found) for name, found in report.conditioning.items()},
         "fid": {"value": None, "reason": "no weights of a feature network were given"},
         "curves": {name: [list(point) for point in points] for name, points in report.curves.items()},
         "gates": [asdict(result) for result in report.gates],
@@ -94,7 +98,7 @@ def as_html(report: Report) -> str:
     """The report as one page: no scripts, no requests, light and dark."""
     style = resources.files("pipeline").joinpath("report.css").read_text(encoding="utf-8")
     cards = [_headline(report), _comparison(report), *_charts(report), _terms(report.main), _classes(report.main)]
-    cards += [_uniformity(report), _round_trips(report.main)]
+    cards += [_uniformity(report), _round_trips(report.main), _conditioning(report)]
     cards += [_picture(*picture) for picture in report.pictures]
     cards += [_gates(report.gates), _lineage(report.lineage)]
     lead = (
@@ -205,6 +209,23 @@ def _uniformity(report: Report) -> str:
         "narrower than it takes them for, a bowl: wider. Own p: Kolmogorov and Smirnov's test on its own samples."
     )
     return _card("Data to the standard normal", note, _table(head, rows), "half")
+
+
+def _conditioning(report: Report) -> str:
+    if not report.conditioning:
+        return ""
+    rows = "".join(
+        f'<tr><td>{escape(name.replace("_", " "))}</td><td class="n">{found.present:.0%}</td>'
+        f'<td class="n">{found.absent:.0%}</td><td class="n">{found.judge:.1%}</td>'
+        f'<td class="bar">{_bar((found.present + found.absent) / 2, True)}</td></tr>'
+        for name, found in report.conditioning.items()
+    )
+    head = (
+        '<tr><th></th><th class="n">there when asked</th><th class="n">gone when asked</th>'
+        '<th class="n">judge, held out</th><th></th></tr>'
+    )
+    note = "Samples asked for an attribute, and asked to be without it, as a classifier of held-out accuracy sees them."
+    return _card("Conditioning", note, _table(head, rows), "half")
 
 
 def _round_trips(evaluation: Evaluation) -> str:

@@ -14,11 +14,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from glow import Glow
+from pipeline.conditioning import Obedience, obedience
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.errors import ConfigError, UsageError
 from pipeline.evaluate import NOISE_SEED, Evaluation, codec_figures, evaluate
 from pipeline.export import lineage_of, natural_stream, read_run
 from pipeline.grids import attribute_columns, grid, sample_grid, temperature_columns
+from pipeline.judge import Judge
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.model import LoadedModel, weights_of
@@ -134,11 +136,12 @@ def review(
     temperature: float = 0.7,
     evaluations: Mapping[str, Evaluation] | None = None,
     beside: LoadedModel | None = None,
+    judge: Judge | None = None,
 ) -> Report:
     """Everything a reviewer is shown about a subject.
 
     `evaluations`: what others found already (workers); `beside`: a model, the champion say, whose samples of the same
-    seeds and conditions are shown too.
+    seeds and conditions are shown too; `judge`: says whether samples show what they were asked for.
     """
     data = subject.config.data
     with (
@@ -155,6 +158,7 @@ def review(
             codecs=codec_figures(stream, data.bits, images),
             own_samples=own_samples(subject.main, range(OWN_SEEDS), _conditions(subject, stream, OWN_SEEDS)),
             neighbours=found,
+            conditioning=_conditioning(subject, stream, judge, temperature),
             curves=loss_curves(_rows(subject.run)),
             pictures=[*_pictures(subject, stream, temperature, beside), picture],
             lineage=subject.lineage,
@@ -166,6 +170,13 @@ def _conditions(subject: Subject, stream: Stream, count: int) -> Condition:
     inputs = Examples(subject.config, subject.manifest, torch.device("cpu"))
     rows = np.arange(count) % stream.samples
     return inputs.of(stream.fetch(rows), NOISE_SEED)[1:]
+
+
+def _conditioning(subject: Subject, stream: Stream, judge: Judge | None, heat: float) -> dict[str, Obedience]:
+    if judge is None:
+        return {}
+    base = _conditions(subject, stream, OWN_SEEDS)
+    return obedience(subject.main, subject.config.data.bits, subject.manifest.editable, judge, base, heat)
 
 
 def _memorised(subject: Subject, stream: Stream, training: Stream, heat: float) -> tuple[Neighbours, Picture]:

@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from glow import Glow, GlowConfig
+from pipeline.conditioning import Obedience, obedience
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.evaluate import Evaluation, evaluate
 from pipeline.export import natural_stream
+from pipeline.judge import Judge
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.neighbours import nearest
@@ -150,3 +152,20 @@ def test_copies_of_training_images_are_noticed(stream: Stream) -> None:
     assert nearest(torch.from_numpy(gaussian_pixels(6, 16)).permute(0, 3, 1, 2), other, stream).ratio == pytest.approx(
         1, abs=0.05
     )
+
+
+class Always(torch.nn.Module):
+    """Sees the first attribute wherever it looks, and never the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tensor([1.0, -1.0, -1.0]).expand(len(x), 3)
+
+
+def test_conditioning_is_what_the_judge_sees_of_what_was_asked() -> None:
+    config = tiny_config()
+    judge = Judge(Always(), config.bits, dict(zip(config.editable, (0.99, 0.98, 0.5), strict=True)))
+    found = obedience(tiny_model(config), config.bits, config.editable, judge, conditions(4), 0.7)
+    assert found == {
+        "Smiling": Obedience(present=1.0, absent=0.0, seeds=4, judge=0.99),
+        "Eyeglasses": Obedience(present=0.0, absent=1.0, seeds=4, judge=0.98),
+    }
