@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from jobs.material import Pictures
-from jobs.studies import edits, plans, show
+from jobs.studies import costs, edits, plans, show
 from jobs.studies.cells import Workshop, key, locked
 from jobs.studies.plans import Scale
 from pipeline.export import natural_stream
@@ -83,6 +83,17 @@ def test_what_another_process_trains_is_left_to_it(data: Path, tmp_path: Path) -
     assert result.images == 32
     assert result.cpu_seconds > 0
     assert [images for images, _ in result.curve] == [0, 16, 32]
+
+
+def test_equal_time_is_more_images_for_the_cheaper(data: Path, tmp_path: Path) -> None:
+    workshop = Workshop(Path(shutil.copytree(data, tmp_path / "studies")), PICTURES, print)
+    assert costs.dequantization(workshop.results, TINY).markdown().count("not yet run") == 2
+    rows = costs.dequantization(workshop.measure, TINY).table[1:]
+    assert [row[0] for row in rows[:2]] == ["uniform", "variational (bound)"]
+    longer = costs.lasting(plans.cell(TINY, "uniform", "photos32", 0), 1.6)
+    assert longer.config.schedule.images == 48
+    assert "as long as" in rows[2][0]
+    assert int(rows[2][3]) >= 32
 
 
 def test_a_cell_is_named_by_its_settings_and_not_by_its_places() -> None:
