@@ -9,26 +9,20 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import resource
 import secrets
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import ConfigError, DataError
-from pipeline.manifest import Shard, refuse_changed
+from pipeline.shard_lines import Shard, refuse_changed
 from pipeline.shards import Foreign, ShardIndex, open_shard
 from pipeline.storage import Storage
 
 OPENINGS = 3
 """Tries to open a shard that another process may evict between its check and its opening."""
-
-DOWNLOADS = 4
-"""Shards fetched at a time."""
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +41,8 @@ class ShardCache:
         self._used: OrderedDict[str, None] = OrderedDict()
         self._verified: set[str] = set()
         self._incoming: dict[str, int] = {}
+        self.fetches = 0
+        """Shards fetched so far."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _sweep(folder)
@@ -93,6 +89,7 @@ class ShardCache:
                 path.unlink(missing_ok=True)
         with self._room(shard), _temporary(self._folder) as temporary:
             self._storage.download(shard.file, temporary)
+            self.fetches += 1
             refuse_changed(temporary, shard, self._storage.where(shard.file))
             temporary.replace(path)
         self._verified.add(shard.sha256)
@@ -125,84 +122,6 @@ class ShardCache:
     def _evictable(self, present: dict[str, int]) -> list[str]:
         unknown = sorted(name for name in present if name not in self._used)
         return [name for name in [*self._used, *unknown] if name in present and self._held[name] <= 0]
-
-
-@dataclass(kw_only=True)
-class _Held:
-    """A shard that is open, or on its way, and how many coming batches need it."""
-
-    index: Future[ShardIndex]
-    users: int = 0
-
-
-class OpenShards:
-    """The shards that coming batches need: fetched in the order of need, open until nobody needs them, and a few more.
-
-    For one thread; the futures it gives may be waited for in any.
-    """
-
-    def __init__(self, cache: ShardCache, shards: Sequence[Shard], spare: int) -> None:
-        self._cache, self._shards, self._spare = cache, shards, spare
-        self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="stream-fetch")
-        self._held: dict[int, _Held] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
-
-    def __getitem__(self, shard: int) -> Future[ShardIndex]:
-        return self._held[shard].index
-
-    def make_way(self, needs: Sequence[int], most: int) -> bool:
-        """Let spare shards go until no more than `most` would be open with these; False where that is not enough."""
-        total = len(self._held.keys() | set(needs))
-        spare = [shard for shard in self._idle if shard not in needs]
-        for shard in spare[: max(0, total - most)]:
-            self._close(shard)
-        return total - len(spare) <= most
-
-    def take(self, needs: Sequence[int]) -> None:
-        """A batch that needs these shards is coming."""
-        for shard in needs:
-            if shard not in self._held:
-                self._held[shard] = _Held(index=self._downloads.submit(self._cache.open, self._shards[shard]))
-            self._held[shard].users += 1
-            self._idle.pop(shard, None)
-
-    def give(self, needs: Sequence[int]) -> None:
-        """A batch that needed these shards is done, or will not come."""
-        for held, shard in ((self._held[shard], shard) for shard in needs if shard in self._held):
-            held.users -= 1
-            if held.users == 0:
-                self._idle[shard] = None
-                if held.index.done() and (held.index.cancelled() or held.index.exception()):
-                    self._close(shard)  # the next batch that needs it tries again
-        while len(self._idle) > self._spare:
-            self._close(next(iter(self._idle)))
-
-    def close(self) -> None:
-        """Let every shard go; what is being fetched is finished, or fails, first."""
-        self._downloads.shutdown(cancel_futures=True)
-        for shard in list(self._held):
-            self._close(shard)
-
-    def _close(self, shard: int) -> None:
-        def closed(index: Future[ShardIndex]) -> None:
-            if not index.cancelled() and index.exception() is None:
-                index.result().close()
-                self._cache.release(self._shards[shard])
-
-        self._idle.pop(shard, None)
-        index = self._held.pop(shard).index
-        index.cancel()
-        index.add_done_callback(closed)
-
-
-def allow_open_files(count: int) -> None:
-    """Raise this process's own limit where many lanes hold many shards open."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = count + 512
-    if soft < needed <= hard or (soft < needed and hard == resource.RLIM_INFINITY):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-    elif soft < needed:
-        raise ConfigError(f"{count} shards are read at a time, {hard} files may be open", cure="raise ulimit -n")
 
 
 def _listed(folder: Path) -> dict[str, int]:

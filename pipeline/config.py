@@ -47,6 +47,8 @@ class DataConfig:
     """Folder for verified shards; empty uses the user's cache folder."""
     cache_gb: float = 8.0
     """Upper bound of that folder in GB."""
+    damaged: Literal["fail", "quarantine"] = "fail"
+    """What to do about a damaged shard: stop, or let others stand in while that is one sample in a thousand at most."""
 
 
 @dataclass(frozen=True, kw_only=True)

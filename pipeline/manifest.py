@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.card import card
 from pipeline.errors import ConflictError, DataError, UsageError
+from pipeline.shard_lines import CURE, Shard, Shards
 from pipeline.shards import Foreign
-from pipeline.storage import MissingError, Storage, canonical_json, checked_key, sha256_file, sha256_hex
+from pipeline.storage import MissingError, Storage, canonical_json, checked_key, sha256_hex
 
 ROOT = "manifest.json"
 SCHEMA = 1
@@ -33,23 +33,13 @@ IN_PLACE = "webdataset in place"
 STRICT = {"extra": "forbid"}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Shard:
-    """One tar: its key, length, digest and how many samples it holds."""
-
-    file: str
-    bytes: int
-    sha256: str
-    samples: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Split:
     """The shards of a split, in order; sample number = samples of the shards before + row."""
 
     name: str
     samples: int
-    shards: tuple[Shard, ...]
+    shards: Shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,28 +170,13 @@ class Manifest(Root):
             known = ", ".join(sorted(self.splits))
             raise UsageError(f"no split named {name!r}", where=self.storage.url, cure=f"splits here: {known}")
         summary = self.splits[name]
-        shards = tuple(shard for part in summary.parts for shard in _read_part(self.storage, part))
-        samples = sum(shard.samples for shard in shards)
+        parts = [_read_part(self.storage, part) for part in summary.parts]
+        shards = Shards(b"".join(parts), self.storage.where(ROOT))
+        samples = int(shards.samples.sum())
         if (samples, len(shards)) != (summary.samples, summary.shards):
             found = f"{len(shards)} shards with {samples} samples, not {summary.shards} with {summary.samples}"
             raise DataError(f"split {name!r} has {found}", where=self.storage.where(ROOT), cure=CURE)
         return Split(name=name, samples=samples, shards=shards)
-
-
-CURE = "prepare the dataset again, or copy the prefix whole"
-
-
-def refuse_changed(path: Path, shard: Shard, where: str) -> None:
-    """DataError where a local copy of a shard does not have the manifest's length and digest."""
-    found = path.stat().st_size
-    if found != shard.bytes:
-        raise DataError(f"{found} bytes, expected {shard.bytes}", where=where, cure=RESTORE)
-    digest = sha256_file(path)
-    if digest != shard.sha256:
-        raise DataError(f"sha256 {digest[:12]}, expected {shard.sha256[:12]}", where=where, cure=RESTORE)
-
-
-RESTORE = "restore the shard, or prepare the dataset again: a changed shard needs a new manifest"
 
 
 def open_manifest(storage: Storage) -> Manifest:
@@ -289,6 +264,8 @@ def _parse_root(data: bytes, where: str) -> Root:
 
 def _check_counts(root: Root, where: str) -> None:
     """Refuse a root whose figures contradict one another."""
+    if root.window < 1:
+        raise DataError(f"a window of {root.window} shards", where=where, cure=CURE)
     for name, summary in root.splits.items():
         lengths = (len(summary.counts.positive), len(summary.counts.negative), len(summary.counts.labels))
         if lengths != (len(root.attributes), len(root.attributes), len(root.labels)):
@@ -307,16 +284,13 @@ def _cut_parts(shards: Sequence[Shard], first: int) -> list[tuple[Part, bytes]]:
     return cut
 
 
-def _read_part(storage: Storage, part: Part) -> list[Shard]:
+def _read_part(storage: Storage, part: Part) -> bytes:
     where = storage.where(part.file)
     data = storage.read(part.file)
     if len(data) != part.bytes or sha256_hex(data) != part.sha256:
         found = f"{len(data)} bytes with sha256 {sha256_hex(data)[:12]}"
         raise DataError(f"{found}, expected {part.bytes} with {part.sha256[:12]}", where=where, cure=CURE)
-    try:
-        shards = [Shard(**json.loads(line)) for line in data.splitlines()]
-    except (TypeError, ValueError) as error:
-        raise DataError("malformed shard line", where=where, cure=CURE) from error
-    for shard in shards:
-        checked_key(shard.file)
-    return shards
+    lines = data.count(b"\n")
+    if lines != part.shards:
+        raise DataError(f"{lines} shards, expected {part.shards}", where=where, cure=CURE)
+    return data

@@ -38,7 +38,7 @@ class Sequential:
     lanes = 1
     window = 1
 
-    def __init__(self, samples: Sequence[int]) -> None:
+    def __init__(self, samples: Sequence[int] | Ints) -> None:
         counts = np.asarray(samples, dtype=np.int64)
         if counts.size == 0 or counts.min() < 1:
             raise DataError("a split without shards, or a shard without samples", cure="prepare the dataset again")
@@ -72,7 +72,7 @@ class Order(Sequential):
     for each epoch in use (two at most) and the permutations of the windows in use; never an index of samples.
     """
 
-    def __init__(self, samples: Sequence[int], batch: int, seed: int, window: int = WINDOW) -> None:
+    def __init__(self, samples: Sequence[int] | Ints, batch: int, seed: int, window: int = WINDOW) -> None:
         super().__init__(samples)
         self.batch, self.seed, self.window = batch, seed, window
         self.lanes = lanes(self.shards, batch)

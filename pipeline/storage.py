@@ -64,6 +64,11 @@ class Storage(ABC):
         """The folder, where this is one."""
         return None
 
+    @property
+    def retries(self) -> int:
+        """How often this process had to repeat a request to the service so far."""
+        return 0
+
     def sub(self, path: str) -> Storage:
         """Return the storage below `path`."""
         return type(self)(f"{self.url}/{checked_key(path)}")
@@ -242,6 +247,10 @@ class Folder(Storage):
 class Bucket(Storage):
     """Storage in an S3 bucket, through s3fs."""
 
+    @property
+    def retries(self) -> int:
+        return _connection().failed
+
     def read(self, key: str) -> bytes:
         def attempt(filesystem: Any, path: str) -> bytes:
             data: bytes = filesystem.cat_file(path)
@@ -297,6 +306,7 @@ def _retried(where: str, attempt: Callable[[], T]) -> T:
     from botocore.exceptions import BotoCoreError
 
     for left in reversed(range(ATTEMPTS)):
+        answered = _connection().failed
         try:
             return attempt()
         except (OSError, ClientError, BotoCoreError, TimeoutError) as error:
@@ -306,6 +316,8 @@ def _retried(where: str, attempt: Callable[[], T]) -> T:
             if left == 0:
                 what = f"no success in {ATTEMPTS} attempts ({type(error).__name__})"
                 raise RemoteError(what, where=where, cure="check the endpoint, network and credentials") from error
+            if _connection().failed == answered:  # a body that broke off, which the client does not see
+                _connection().failed += 1
         time.sleep(random.random() * 2 ** (ATTEMPTS - left))
     raise AssertionError("unreachable")
 
@@ -345,13 +357,31 @@ def _same_length(found: int, expected: int) -> None:
 
 
 def _filesystem() -> Any:
+    return _connection().filesystem
+
+
+@dataclass(kw_only=True)
+class _Connection:
+    """A client, and how many of its requests failed and were repeated."""
+
+    filesystem: Any = None
+    failed: int = 0
+
+    def heard(self, parsed_response: dict[str, Any] | None, exception: Exception | None, **_: object) -> None:
+        """Note the answer to one request, before the client repeats it or not."""
+        status = (parsed_response or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        self.failed += exception is not None or status == 429 or status >= 500
+
+
+def _connection() -> _Connection:
     """Return this process's connection; another process or endpoint gets its own, for it carries an event loop."""
     return _connect(os.getpid(), os.environ.get("AWS_ENDPOINT_URL", ""))
 
 
 @functools.lru_cache(maxsize=4)
-def _connect(process: int, endpoint: str) -> Any:
+def _connect(process: int, endpoint: str) -> _Connection:
     import s3fs
+    from aiobotocore.session import AioSession
 
     config = {
         "retries": {"mode": "standard", "max_attempts": 3},
@@ -359,9 +389,14 @@ def _connect(process: int, endpoint: str) -> Any:
         "read_timeout": 15,
         "max_pool_connections": 32,
     }
-    filesystem = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-    filesystem.retries = 2
-    return filesystem
+    connection, session = _Connection(), AioSession()
+    session.register("response-received.s3", connection.heard)
+    filesystem = s3fs.S3FileSystem(
+        skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, session=session
+    )
+    filesystem.retries = 1  # the client below repeats requests, `_retried` above whole operations
+    connection.filesystem = filesystem
+    return connection
 
 
 def _write_durably(path: Path, data: bytes) -> None:

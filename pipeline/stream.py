@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.cache import OpenShards, ShardCache, allow_open_files
+from pipeline.cache import ShardCache
 from pipeline.errors import ConfigError, DataError
 from pipeline.manifest import Manifest, Split
+from pipeline.open_shards import OpenShards, allow_open_files
 from pipeline.order import Ints, Sequential
-from pipeline.shards import ShardIndex, decode
+from pipeline.quarantine import Opened, Policy, Shelf
+from pipeline.shards import decode
 from pipeline.storage import Storage
 
 DEPTH = 2
@@ -47,6 +49,8 @@ class Batch:
     """int64 [b]: how often the split was read before."""
     samples: Tensor
     """int64 [b]: index in the split."""
+    stand_ins: Tensor
+    """bool [b]: the sample's shard is damaged, and a sample of another shard is here in its place."""
     position: int
     """Global position of the first row of the whole batch."""
 
@@ -86,12 +90,15 @@ class Stream:
         cache: Path,
         cache_bytes: int,
         threads: int = 0,
+        damaged: Policy = "fail",
     ) -> None:
         if (order.shards, order.size) != (len(split.shards), split.samples):
             raise ValueError(f"an order of {order.size} samples for a split of {split.samples}")
         self._manifest, self._split, self._order = manifest, split, order
         self._storage, self._limit, self._pin = storage, cache_bytes, torch.cuda.is_available()
-        self._shards = OpenShards(ShardCache(storage, cache, cache_bytes, manifest.foreign), split.shards, order.window)
+        self._cache = ShardCache(storage, cache, cache_bytes, manifest.foreign)
+        self._shelf = Shelf(self._cache, split.shards, damaged)
+        self._shards = OpenShards(self._shelf, order.window)
         self._threads = threads or min(4, len(os.sched_getaffinity(0)))
         self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="stream-decode")
 
@@ -105,6 +112,14 @@ class Stream:
     def samples(self) -> int:
         """Samples in an epoch."""
         return self._split.samples
+
+    def figures(self) -> dict[str, float]:
+        """Counts so far: shards fetched, requests to the service repeated, samples of damaged shards."""
+        return {
+            "data/shards_fetched": float(self._cache.fetches),
+            "data/requests_repeated": float(self._storage.retries),
+            "data/samples_quarantined": float(self._shelf.quarantined),
+        }
 
     def fetch(self, positions: Ints) -> Batch:
         """The samples at these global positions [n]. Raises as `batches` does."""
@@ -155,8 +170,7 @@ class Stream:
         """How many batches to run ahead, about a window, and how many shards may be open: two windows of every lane."""
         first, last = (place * self._order.lanes // batch for place in (own.start, max(own.start, own.stop - 1)))
         shards = min(2 * self._order.window * (last - first + 1), len(self._split.shards))
-        sizes = sorted(shard.bytes for shard in self._split.shards)
-        needed = sum(sizes[-shards:])
+        needed = int(np.sort(self._split.shards.bytes)[-shards:].sum())
         if needed > self._limit:
             found = f"{self._limit / 1e9:.3g} GB of cache for {shards} shards read at a time"
             raise ConfigError(found, where=self._split.name, cure=f"set data.cache_gb to {needed / 1e9:.3g} or more")
@@ -198,6 +212,7 @@ class Stream:
             attributes=self._empty(torch.int8, count, len(self._manifest.attributes)),
             epochs=torch.from_numpy(plan.epochs.copy()),
             samples=torch.from_numpy(self._order.sample(plan.shards, plan.rows)),
+            stand_ins=torch.zeros(count, dtype=torch.bool),
             position=plan.position,
         )
         pending = _Pending(plan=plan, batch=batch)
@@ -211,12 +226,14 @@ class Stream:
     def _empty(self, dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self._pin)
 
-    def _decode(self, plan: _Plan, indices: dict[int, Future[ShardIndex]], batch: Batch, begin: int, end: int) -> None:
+    def _decode(self, plan: _Plan, indices: dict[int, Future[Opened]], batch: Batch, begin: int, end: int) -> None:
         pixels, labels, attributes = batch.pixels.numpy(), batch.labels.numpy(), batch.attributes.numpy()
         form = self._manifest.image
         for place in range(begin, end):
             shard, row = int(plan.shards[place]), int(plan.rows[place])
-            data, meta = indices[shard].result().read(row)
+            opened = indices[shard].result()
+            data, meta = opened.read(row)
+            batch.stand_ins[place] = opened.damaged
             try:
                 pixels[place] = decode(data, form.size, form.channels, form.encoding)
                 labels[place], attributes[place] = self._described(meta)

@@ -112,7 +112,7 @@ def train(
             saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
             speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
             if speaking:
-                fresh = learner.figures() | pace.figures(learner.images)
+                fresh = learner.figures() | pace.figures(learner.images) | stream.figures()
                 tracker.log(learner.images, fresh)
                 figures |= fresh
             if last or due(learner.images, config.evaluate.every, schedule.batch):
@@ -157,9 +157,9 @@ def opened(config: TrainConfig, manifest: Manifest, world: World) -> Iterator[tu
     learned, held_out = manifest.split(config.data.train), manifest.split(config.data.validation)
     cache = Path(config.data.cache) if config.data.cache else Path.home() / ".cache" / "glow-pipeline"
     room = int(config.data.cache_gb * 1e9)
-    shuffled = Order([shard.samples for shard in learned.shards], config.schedule.batch, config.seed, manifest.window)
-    natural = Sequential([shard.samples for shard in held_out.shards])
-    stream = Stream(manifest.storage, manifest, learned, shuffled, cache, room)
+    shuffled = Order(learned.shards.samples, config.schedule.batch, config.seed, manifest.window)
+    natural = Sequential(held_out.shards.samples)
+    stream = Stream(manifest.storage, manifest, learned, shuffled, cache, room, damaged=config.data.damaged)
     unseen = Stream(manifest.storage, manifest, held_out, natural, cache, room)
     try:
         yield stream, unseen

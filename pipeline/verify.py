@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.manifest import CURE, ROOT, Counts, Manifest, Root, Shard, refuse_changed
+from pipeline.manifest import CURE, ROOT, Counts, Manifest, Root, Shard
+from pipeline.shard_lines import refuse_changed
 from pipeline.shards import ShardIndex, decode, open_shard
 from pipeline.storage import Storage
 from pipeline.workers import ordered_map

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
-from pipeline.manifest import ROOT, Manifest, Shard, open_manifest, refuse_changed
+from pipeline.manifest import ROOT, Manifest, Shard, open_manifest
+from pipeline.shard_lines import refuse_changed
 from pipeline.shards import RAW, foreign_row, grouped, open_shard, place_foreign
 from pipeline.sources.item import Item, Source
 from pipeline.sources.tables import split_name

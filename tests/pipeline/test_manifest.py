@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def test_what_was_written_is_opened(storage: Storage, manifest: Manifest) -> Non
     assert opened == manifest
     assert (opened.size, opened.channels, opened.lossless, opened.editable) == (8, 3, True, ("Smiling",))
     train = opened.split("train")
-    assert (train.name, train.samples, train.shards) == ("train", 3, tuple(SPLITS["train"][1]))
+    assert (train.name, train.samples, tuple(train.shards)) == ("train", 3, tuple(SPLITS["train"][1]))
     with pytest.raises(UsageError, match="splits here: train, val"):
         opened.split("test")
 
@@ -154,6 +156,38 @@ def test_every_changed_byte_of_a_part_is_found(storage: Storage, manifest: Manif
     assert open_manifest(storage).split("val").samples == 1
 
 
+MEASURED = """
+import resource, sys, time
+from pipeline.manifest import open_manifest
+from pipeline.storage import open_storage
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+start = time.process_time()
+shards = open_manifest(open_storage(sys.argv[1])).split("train").shards
+print(time.process_time() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, len(shards))
+"""
+
+
+def test_two_hundred_thousand_shards_open_at_once(storage: Storage) -> None:
+    count = 200_000
+    lines = [
+        b'{"bytes":104857600,"file":"train-%06d.tar","samples":512,"sha256":"%064x"}\n' % (n, n) for n in range(count)
+    ]
+    parts = []
+    for number in range(count // PART_SHARDS):
+        data = b"".join(lines[number * PART_SHARDS : (number + 1) * PART_SHARDS])
+        storage.write(f"shards-{number:03d}.jsonl", data)
+        part = {"file": f"shards-{number:03d}.jsonl", "bytes": len(data), "sha256": sha256_hex(data)}
+        parts.append({**part, "shards": PART_SHARDS})
+    root = json.loads(GOLDEN_ROOT)
+    root["splits"] = {"train": {**root["splits"]["train"], "samples": 512 * count, "shards": count, "parts": parts}}
+    storage.write("manifest.json", canonical_json(root))
+    done = subprocess.run([sys.executable, "-c", MEASURED, storage.url], capture_output=True, text=True, check=True)
+    seconds, megabytes, opened = map(float, done.stdout.split())
+    assert opened == count
+    assert megabytes < 100
+    assert seconds < 5 * 2
+
+
 def test_many_shards_are_cut_into_parts(storage: Storage) -> None:
     count = PART_SHARDS + 5
     shards = [Shard(file=f"train-{n:06d}.tar", bytes=n, sha256=f"{n:064x}", samples=2) for n in range(count)]
@@ -162,4 +196,4 @@ def test_many_shards_are_cut_into_parts(storage: Storage) -> None:
     assert [part.file for part in manifest.splits["train"].parts] == ["shards-000.jsonl", "shards-001.jsonl"]
     assert [part.file for part in manifest.splits["val"].parts] == ["shards-002.jsonl"]
     opened = open_manifest(storage).split("train")
-    assert (opened.samples, opened.shards) == (2 * count, tuple(shards))
+    assert (opened.samples, tuple(opened.shards)) == (2 * count, tuple(shards))
