@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -37,10 +38,10 @@ class Shards(Sequence[Shard]):
 
     def __init__(self, lines: bytes, where: str = "") -> None:
         found = ((m.start(), m.end(), int(m[1]), int(m[3])) for m in LINE.finditer(lines))
-        table: np.ndarray[tuple[int, int], np.dtype[np.int64]] = np.fromiter(found, dtype=np.dtype((np.int64, 4)))
+        table = np.fromiter(itertools.chain.from_iterable(found), dtype=np.int64).reshape(-1, 4)
         self._lines, self.bytes, self.samples = lines, table[:, 2], table[:, 3]
         self._starts, self._stops = table[:, 0], table[:, 1]
-        if [0, *self._stops.tolist()] != [*self._starts.tolist(), len(lines)]:
+        if not np.array_equal(np.append(0, self._stops), np.append(self._starts, len(lines))):
             raise DataError("malformed shard line", where=where, cure=CURE)
 
     def __len__(self) -> int:
