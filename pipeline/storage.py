@@ -306,7 +306,6 @@ def _retried(where: str, attempt: Callable[[], T]) -> T:
     from botocore.exceptions import BotoCoreError
 
     for left in reversed(range(ATTEMPTS)):
-        answered = _connection().failed
         try:
             return attempt()
         except (OSError, ClientError, BotoCoreError, TimeoutError) as error:
@@ -316,10 +315,17 @@ def _retried(where: str, attempt: Callable[[], T]) -> T:
             if left == 0:
                 what = f"no success in {ATTEMPTS} attempts ({type(error).__name__})"
                 raise RemoteError(what, where=where, cure="check the endpoint, network and credentials") from error
-            if _connection().failed == answered:  # a body that broke off, which the client does not see
-                _connection().failed += 1
+            _connection().failed += _broke_off(error)
         time.sleep(random.random() * 2 ** (ATTEMPTS - left))
     raise AssertionError("unreachable")
+
+
+def _broke_off(error: BaseException) -> bool:
+    """Whether a body did not come whole: the one failure that the client does not tell `_Connection.heard`."""
+    from botocore.exceptions import BotoCoreError, ReadTimeoutError, ResponseStreamingError
+
+    streamed = isinstance(error, (ReadTimeoutError, ResponseStreamingError))
+    return streamed or not (_codes(error) or isinstance(error, BotoCoreError))
 
 
 def _final(error: BaseException, where: str) -> PipelineError | None:
