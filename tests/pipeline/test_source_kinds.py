@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,6 +84,18 @@ def test_pictures_come_back_as_they_were(tmp_path: Path, name: str, encoding: st
         assert {one.split for one in found} == {"train", "val"}
         found = [replace(one, split="") for one in found]
     same(found, expected)
+
+
+@pytest.mark.nightly
+def test_thirty_thousand_images(tmp_path: Path) -> None:
+    """CelebA-HQ's own number, at 32 px; docs/data-format.md has the time."""
+    layouts.celebamask_hq(tmp_path / "source", 30_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    manifest = prepared(tmp_path / "source", tmp_path / "set", Options())
+    assert {name: split.samples for name, split in manifest.splits.items()} == {"train": 27_000, "val": 3_000}
+    assert {name: split.shards for name, split in manifest.splits.items()} == {"train": 53, "val": 6}
+    assert list(problems(manifest, deep=True)) == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
 
 
 @pytest.mark.parametrize("name", ["img2dataset", "ShardWriter"])
