@@ -148,6 +148,8 @@ class ClusterConfig:
     """Ray address; empty starts Ray on this machine."""
     max_failures: int = 3
     """Restarts of the worker group before the run fails."""
+    lease_s: float = 60.0
+    """Seconds of silence after which another job may take the run over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,8 @@ class TrainConfig:
     """Prefix (s3://... or a folder) under which run folders live."""
     seed: int = 0
     """Of weights, order and noise."""
+    allow_change: tuple[str, ...] = ()
+    """Settings, such as optim.lr, in which this attempt may differ from the run it resumes."""
     data: DataConfig = field(default_factory=DataConfig)
     model: GlowConfig = field(default_factory=GlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -190,26 +194,30 @@ def write_config(config: TrainConfig) -> str:
     return tomli_w.dumps(json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-def fingerprint(config: TrainConfig, data_digest: str) -> str:
-    """sha256 of all that decides what is learned, and of nothing else; `config.model` must be resolved.
+def decisive(config: TrainConfig, data_digest: str) -> dict[str, Any]:
+    """All that decides what is learned, and nothing else, under flat names; `config.model` must be resolved.
 
     Reduction, memory, cluster, names and places are left out: they may change between two attempts at one run.
     """
     schedule = config.schedule
-    decisive = {
+    return {
         "algorithm": ALGORITHM_VERSION,
-        "data": data_digest,
-        "split": config.data.train,
-        "bits": config.data.bits,
-        "model": config.model.settings(),
-        "optim": dataclasses.asdict(config.optim),
-        "batch": schedule.batch,
-        "leaf": schedule.leaf,
-        "init_images": schedule.init_images,
-        "images": schedule.images if config.optim.decay == "cosine" else None,
+        "data.digest": data_digest,
+        "data.train": config.data.train,
+        "data.bits": config.data.bits,
+        **{f"model.{name}": value for name, value in config.model.settings().items()},
+        **{f"optim.{name}": value for name, value in dataclasses.asdict(config.optim).items()},
+        "schedule.batch": schedule.batch,
+        "schedule.leaf": schedule.leaf,
+        "schedule.init_images": schedule.init_images,
+        "schedule.images": schedule.images if config.optim.decay == "cosine" else None,
         "seed": config.seed,
     }
-    return sha256_hex(canonical_json(decisive))
+
+
+def fingerprint(config: TrainConfig, data_digest: str) -> str:
+    """sha256 of what `decisive` gives."""
+    return sha256_hex(canonical_json(decisive(config, data_digest)))
 
 
 def refuse_impossible(config: TrainConfig) -> None:
@@ -226,6 +234,7 @@ def refuse_impossible(config: TrainConfig) -> None:
         (schedule.keep < 1, f"schedule.keep is {schedule.keep}", "1 or more checkpoints must stay"),
         (optim.lr <= 0 or not 0 <= optim.beta1 < 1 or not 0 <= optim.beta2 < 1, "optim.lr, beta1 or beta2 is out of "
          "range", "lr above 0, betas in [0, 1)"),
+        (config.cluster.lease_s <= 0, f"cluster.lease_s is {config.cluster.lease_s}", "seconds, above 0"),
         (optim.ema_halflife < 1, f"optim.ema_halflife is {optim.ema_halflife}", "images, 1 or more"),
         (config.cluster.workers > schedule.batch // max(schedule.leaf, 1),
          f"{config.cluster.workers} workers for {schedule.batch // max(schedule.leaf, 1)} leaves a batch",

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from glow import Glow, attribute_directions
-from pipeline.checkpoint import load_latest
-from pipeline.config import DataConfig, TrainConfig, fingerprint, read_config
+from pipeline.checkpoint import accepting, load_latest
+from pipeline.config import DataConfig, TrainConfig, decisive, fingerprint, read_config
 from pipeline.errors import ConfigError, UsageError
 from pipeline.evaluate import BATCH, NOISE_SEED
 from pipeline.learner import Examples
@@ -64,7 +64,8 @@ def read_run(run: Storage) -> TrainedRun:
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / "config.toml").write_bytes(text)
         config = read_config(Path(scratch) / "config.toml")
-    loaded = load_latest(run, World(), fingerprint(config, config.data.digest))
+    digest = config.data.digest
+    loaded = load_latest(run, World(), accepting(fingerprint(config, digest), decisive(config, digest)))
     if loaded is None:
         raise UsageError("no checkpoint yet", where=run.url, cure="train it first, or for longer")
     return TrainedRun(storage=run, config=config, step=loaded.step, images=loaded.images, tensors=loaded.tensors)

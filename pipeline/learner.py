@@ -31,6 +31,9 @@ from pipeline.spool import Means
 from pipeline.stream import Batch, Stream
 from pipeline.world import World, gather_ordered
 
+WORST = 4
+"""Parameters and samples named where a gradient is refused."""
+
 INIT_LEAF = 32
 """Images whose moments are added up at a time in data-dependent initialisation."""
 
@@ -75,6 +78,7 @@ class Learner:
         self.guard = Guard(config.optim)
         self.images, self.step = 0, 0
         self.means = Means()
+        self._losses: list[Tensor] = []
 
     @property
     def rows(self) -> slice:
@@ -92,9 +96,10 @@ class Learner:
         self.model.initialize(xs, labels, attributes, gather=lambda table: gather_ordered(world, table), bits=bits)
         self.ema.reset(self.model)
 
-    def learn(self, batch: Batch) -> None:
-        """Take one step; `batch` holds this worker's rows of the global batch."""
-        config = self.config
+    def learn(self, batch: Batch) -> dict[str, Any]:
+        """Take one step; `batch` holds this worker's rows of the global batch. What was wrong, where it was refused."""
+        config, refused = self.config, dict[str, Any]()
+        self._losses.clear()
         gradient = self._gradients.of(lambda leaf: self._loss(batch, leaf))
         norm = float(torch.linalg.vector_norm(gradient))
         rate = learning_rate(config.optim, self.images, config.schedule.images)
@@ -104,9 +109,27 @@ class Learner:
             set_rate(self.optimizer, rate)
             self.optimizer.step()
             self.ema.update(self.model)
+        else:
+            refused = self._findings(batch, norm)
         self.images += config.schedule.batch
         self.step += 1
         self.means.add({"train/grad_norm": norm, "train/lr": rate} if math.isfinite(norm) else {})
+        return refused
+
+    def _findings(self, batch: Batch, norm: float) -> dict[str, Any]:
+        """Where a refused gradient comes from: the worst parameters and samples; equal on all ranks, collective."""
+        named = self.model.named_parameters()
+        norms = {name: float(torch.linalg.vector_norm(p.grad)) for name, p in named if p.grad is not None}
+        rows = torch.stack([batch.epochs, batch.samples, torch.cat(self._losses).cpu()], dim=1).double()
+        table = gather_ordered(self.world, rows).tolist()
+        return {
+            "norm": f"{norm:.4g}",
+            "parameters": sorted(norms, key=lambda name: -_badness(norms[name]))[:WORST],
+            "samples": [
+                {"epoch": int(epoch), "sample": int(sample), "bits_per_dim": f"{loss:.4g}"}
+                for epoch, sample, loss in sorted(table, key=lambda row: -_badness(row[2]))[:WORST]
+            ],
+        }
 
     def _loss(self, batch: Batch, leaf: int) -> Tensor:
         """A leaf's share of the batch's mean bits per dimension."""
@@ -116,6 +139,7 @@ class Learner:
         bits, dims = self.config.data.bits, self.model.dims
         terms = self.model.bound(x, bits, label, attributes)
         loss = bits_per_dim(terms.log_prob, dims, bits)
+        self._losses.append(loss.detach())
         per_dim = -1 / (dims * math.log(2))
         figures = {
             "train/bits_per_dim": loss.detach().mean(),
@@ -170,6 +194,10 @@ def class_bits(logits: Tensor, label: Tensor) -> Tensor:
 def _microbatches(stream: Stream, own: Sequence[int]) -> Iterator[Batch]:
     for index in own:
         yield stream.fetch(torch.arange(index * INIT_LEAF, (index + 1) * INIT_LEAF).numpy())
+
+
+def _badness(value: float) -> float:
+    return value if math.isfinite(value) else math.inf
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ Everything here is elementwise on values that are equal on every rank, so ranks 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -213,7 +213,7 @@ class Guard:
         self.running, self.accepted, self.consecutive, self.skipped = 0.0, 0, 0, 0
 
     def check(self, norm: float) -> bool:
-        """True: take the step. False: skip it. DivergedError once `guard_skips` steps in a row were skipped."""
+        """True: take the step. False: skip it."""
         if math.isfinite(norm) and (self.running == 0 or norm <= self._factor * self.running):
             self.accepted += 1
             weight = (1 - GUARD_MEMORY) / (1 - GUARD_MEMORY**self.accepted)
@@ -222,11 +222,18 @@ class Guard:
             return True
         self.consecutive += 1
         self.skipped += 1
-        if self.consecutive >= self._limit:
-            found = f"{self.consecutive} gradients in a row refused, the last of norm {norm:.4g} against a running norm"
-            cure = "resume from an earlier checkpoint with a lower optim.lr or a longer optim.warmup"
-            raise DivergedError(f"{found} of {self.running:.4g}", cure=cure)
         return False
+
+    def refuse_hopeless(self, found: Mapping[str, Any]) -> None:
+        """DivergedError once `guard_skips` steps in a row were skipped; `found` is what was wrong with the last."""
+        if self.consecutive < self._limit:
+            return
+        samples = ", ".join(f"{one['sample']} of epoch {one['epoch']}" for one in found["samples"])
+        what = f"{self.consecutive} gradients in a row refused, the last of norm {found['norm']} against a running"
+        raise DivergedError(
+            f"{what} {self.running:.4g}; worst samples {samples}; worst parameters {', '.join(found['parameters'])}",
+            cure="lower optim.lr, a longer optim.warmup, or a look at these samples",
+        )
 
     def state_dict(self) -> dict[str, float | int]:
         """Plain numbers, exact through JSON."""

@@ -85,8 +85,8 @@ class Tracker:
         self._pictures = {(row["key"], row["images"]) for row in self._events.rows() if row["kind"] == "picture"}
 
     def start(self, params: Mapping[str, str], inputs: Mapping[str, Any] | None = None) -> None:
-        """Open the MLflow run in the background; `inputs` are name, digest, source and samples of the dataset."""
-        if self._active and self._config.uri:
+        """Open the MLflow run in the background, once; `inputs` are name, digest, source and samples of the dataset."""
+        if self._active and self._config.uri and self._drain is None:
             described = Description(
                 name=self._name, key=run_key(self._run), params=dict(params), inputs=dict(inputs or {})
             )

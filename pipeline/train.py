@@ -6,6 +6,7 @@ To resume a run, run the same command again: the last committed checkpoint decid
 
 from __future__ import annotations
 
+import secrets
 import signal
 import threading
 import time
@@ -14,33 +15,45 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline.checkpoint import load_latest, save
-from pipeline.config import TrainConfig, fingerprint, refuse_impossible, write_config
-from pipeline.errors import ConfigError, Interrupted
+from pipeline.checkpoint import accepting, load_latest, newest_step
+from pipeline.config import (
+    TrainConfig,
+    decisive,
+    fingerprint,
+    refuse_impossible,
+    write_config,
+)
+from pipeline.errors import ConfigError, DataError, DivergedError, Interrupted
 from pipeline.evaluate import validation_bits
 from pipeline.grids import training_grid
 from pipeline.learner import Examples, Learner
+from pipeline.lease import held
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.order import Order, Sequential
+from pipeline.saver import Saver
 from pipeline.storage import open_storage
 from pipeline.stream import Batch, Stream
 from pipeline.tracking import Tracker, flat_params
 from pipeline.world import World, any_rank, joined, on_first
 
-Report = Callable[[dict[str, float]], None]
-"""Told the figures of every status line, on rank 0."""
+Report = Callable[[dict[str, Any]], None]
+"""Told the figures of every status line, or {"event": what happened}, on rank 0."""
 
 Stop = Callable[[], bool]
 
 
-def run(config: TrainConfig, report: Report = lambda figures: None, stop: Stop = lambda: False) -> dict[str, float]:
+def run(
+    config: TrainConfig, report: Report = lambda figures: None, stop: Stop = lambda: False, owner: str = ""
+) -> dict[str, float]:
     """Train as the worker the environment names (RANK, WORLD_SIZE as torchrun and Ray set them, or alone).
 
     `stop` is asked after every batch whether to end after a checkpoint, as SIGTERM does; one rank's yes is enough.
+    Attempts with the same `owner` are one job and follow each other at once; any other waits for the run's lease.
     """
     refuse_impossible(config)
     torch.set_num_threads(config.cluster.threads)
@@ -48,13 +61,16 @@ def run(config: TrainConfig, report: Report = lambda figures: None, stop: Stop =
     with joined(world):
         manifest = open_manifest(open_storage(config.data.prefix))
         config = resolved(config, manifest)
-        tracker = Tracker(open_storage(config.storage).sub(config.name), config.tracking, config.name, world.rank)
-        try:
-            return train(config, manifest, world, tracker, report, stop)
-        except BaseException as error:
-            tracker.event("stopped", reason=f"{type(error).__name__}: {error}")
-            tracker.close("FAILED")
-            raise
+        folder = open_storage(config.storage).sub(config.name)
+        owner, tell = owner or secrets.token_hex(8), lambda text: report({"event": text})
+        with held(world, folder, lambda: newest_step(folder), owner, config.cluster.lease_s, tell) as token:
+            tracker = Tracker(folder, config.tracking, config.name, world.rank)
+            try:
+                return train_twice(config, manifest, world, tracker, report, stop, token)
+            except BaseException as error:
+                tracker.event("stopped", reason=f"{type(error).__name__}: {error}")
+                tracker.close("FAILED")
+                raise
 
 
 def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
@@ -82,22 +98,44 @@ def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     return replace(config, model=model, data=replace(config.data, digest=manifest.digest))
 
 
+def train_twice(
+    config: TrainConfig, manifest: Manifest, world: World, tracker: Tracker, report: Report, stop: Stop, token: int
+) -> dict[str, float]:
+    """`train`, and once more from the last checkpoint where it diverges: a fault of the machine does not come again."""
+    try:
+        return train(config, manifest, world, tracker, report, stop, token)
+    except DivergedError as error:
+        tracker.event("rolled back", reason=str(error))
+        if world.rank == 0:
+            report({"event": f"diverged; once more from the last checkpoint ({error.what})"})
+    return train(config, manifest, world, tracker, report, stop, token)
+
+
 def train(
-    config: TrainConfig, manifest: Manifest, world: World, tracker: Tracker, report: Report, stop: Stop = lambda: False
+    config: TrainConfig,
+    manifest: Manifest,
+    world: World,
+    tracker: Tracker,
+    report: Report,
+    stop: Stop = lambda: False,
+    token: int = 0,
 ) -> dict[str, float]:
     """Learn until `schedule.images`; returns the last figures. Collective: every rank calls it with equal arguments.
 
     Raises `Interrupted` after a committed checkpoint on SIGTERM or SIGINT, `ConflictError` where the run folder belongs
-    to another fingerprint, `DivergedError` after too many skipped updates.
+    to another fingerprint or was taken by another job (`token` is our lease), `DivergedError` after too many skipped
+    updates.
     """
     schedule, folder = config.schedule, open_storage(config.storage).sub(config.name)
-    identity = fingerprint(config, manifest.digest)
+    settings, identity = decisive(config, manifest.digest), fingerprint(config, manifest.digest)
     learner = Learner(config, world, examples := Examples(config, manifest, world.device))
-    loaded = load_latest(folder, world, identity, on_event=lambda text: tracker.event("checkpoint", text=text))
-    on_first(world, lambda: folder.write("config.toml", write_config(config).encode()))
+    accepted = accepting(identity, settings, config.allow_change)
+    loaded = load_latest(folder, world, accepted, on_event=lambda text: tracker.event("checkpoint", text=text))
+    on_first(world, lambda: folder.write("config.toml", write_config(replace(config, allow_change=())).encode()))
     tracker.start(flat_params(config), {"name": config.name, "source": manifest.storage.url, "digest": manifest.digest})
     figures: dict[str, float] = {}
-    with opened(config, manifest, world) as (stream, unseen), stop_asked() as asked:
+    saver = Saver(folder, world, identity, keep=schedule.keep, token=token, committed=tracker.sync)
+    with opened(config, manifest, world) as (stream, unseen), stop_asked() as asked, closing(saver):
         if loaded is None:
             learner.initialize(stream)
             figures |= look(learner, examples, unseen, tracker)
@@ -107,8 +145,11 @@ def train(
         pace = Pace(learner.images, schedule.images)
         end = schedule.images + -schedule.images % schedule.batch
         for batch in pace.timed(stream.batches(learner.images, schedule.batch, learner.rows, stop=end)):
-            learner.learn(batch)
-            last, stopping = learner.images >= schedule.images, any_rank(world, bool(asked) or stop())
+            if refused := learner.learn(batch):
+                tracker.event("skipped", images=learner.images, **refused)
+                learner.guard.refuse_hopeless(refused)
+            last = learner.images >= schedule.images
+            stopping, writing = any_rank(world, bool(asked) or stop(), saver.writing)
             saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
             speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
             if speaking:
@@ -117,10 +158,12 @@ def train(
                 figures |= fresh
             if last or due(learner.images, config.evaluate.every, schedule.batch):
                 figures |= look(learner, examples, unseen, tracker)
+            if not writing:
+                saver.advance()
             if saving:
-                tensors, state = learner.tensors(), learner.state()
-                save(folder, world, learner.step, learner.images, identity, tensors, state, keep=schedule.keep)
-                tracker.sync()
+                saver.begin(learner.step, learner.images, learner.tensors(), learner.state() | {"settings": settings})
+            if last or stopping:
+                saver.finish()
             if speaking and world.rank == 0:
                 report({"images": float(learner.images)} | figures)
             if stopping and not last:
@@ -144,8 +187,11 @@ def look(learner: Learner, examples: Examples, unseen: Stream, tracker: Tracker)
         if learner.world.rank == 0:
             _, *condition = examples.of(unseen.fetch(np.arange(8 * config.evaluate.rows)), config.seed)
             for temperature in config.evaluate.temperatures:
-                picture = training_grid(model, config, temperature, (condition[0], condition[1]))
-                tracker.image(f"t{temperature:.2f}", learner.images, picture)
+                try:
+                    picture = training_grid(model, config, temperature, (condition[0], condition[1]))
+                    tracker.image(f"t{temperature:.2f}", learner.images, picture)
+                except DataError as error:  # a model on its way out; the guard is there to end the run, or not
+                    tracker.event("no picture", images=learner.images, reason=str(error))
     figures = {"val/bits_per_dim": float(bits.mean())}
     tracker.log(learner.images, figures)
     return figures

@@ -93,13 +93,13 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
-def any_rank(world: World, flag: bool) -> bool:
-    """Whether the flag is set on any rank; the same answer on every rank."""
+def any_rank(world: World, *flags: bool) -> tuple[bool, ...]:
+    """Which of the flags are set on any rank; the same answer on every rank."""
     if world.size == 1:
-        return flag
-    box = torch.tensor([int(flag)], device=world.device)
+        return flags
+    box = torch.tensor(flags, dtype=torch.uint8, device=world.device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return bool(box)
+    return tuple(bool(flag) for flag in box.tolist())
 
 
 def broadcast_object(world: World, value: T) -> T:

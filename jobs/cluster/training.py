@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Report = Callable[[Row], None]
 Stop = Callable[[], bool]
-Work = Callable[[TrainConfig, Report, Stop], Row]
+Work = Callable[[TrainConfig, Report, Stop, str], Row]
 
 STOP_POLL_SECONDS = 0.5
 STOP_SECONDS = 100.0
@@ -98,10 +98,10 @@ def _final(error: Exception) -> bool:
     return not isinstance(error, TRANSIENT) and not type(error).__module__.startswith("ray.")
 
 
-def _loop(config: TrainConfig, report: Report, stop: Stop) -> Row:
+def _loop(config: TrainConfig, report: Report, stop: Stop, owner: str) -> Row:
     from pipeline.train import run
 
-    return run(config, report, stop)
+    return run(config, report, stop, owner)
 
 
 def _worker(settings: dict[str, Any]) -> Row:
@@ -111,7 +111,7 @@ def _worker(settings: dict[str, Any]) -> Row:
     if os.environ["RANK"] == "0":
         threading.Thread(target=_listen, args=(mailbox, stop), daemon=True).start()
     try:
-        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop.is_set)
+        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop.is_set, settings["owner"])
     except Interrupted as error:
         return {"interrupted": error}
 
@@ -143,7 +143,7 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
     cluster = config.cluster
     return TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "mailbox": mailbox, "work": work},
+        train_loop_config={"config": config, "mailbox": mailbox, "work": work, "owner": secrets.token_hex(8)},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo", timeout_s=300),
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu),
         run_config=RunConfig(

@@ -14,8 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.checkpoint import Loaded, load_latest, save, shares
+from pipeline.checkpoint import Loaded, accepting, load_latest
 from pipeline.errors import ConfigError, ConflictError, DataError
+from pipeline.saver import save, shares
 from pipeline.storage import Folder, Storage, open_storage
 from pipeline.world import World
 from tests.pipeline.group import run_group
@@ -57,7 +58,7 @@ def check(loaded: Loaded | None, step: int) -> None:
 
 
 def latest(run: Storage, events: list[str] | None = None) -> Loaded | None:
-    return load_latest(run, World(), PRINT, (events if events is not None else []).append)
+    return load_latest(run, World(), accepting(PRINT), (events if events is not None else []).append)
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def test_attempts_without_commit_are_cleaned_by_the_next_save(run: Storage) -> N
 def test_another_fingerprint_is_refused(run: Storage) -> None:
     put(run, 1)
     with pytest.raises(ConflictError, match="another name"):
-        load_latest(run, World(), "e" * 64)
+        load_latest(run, World(), accepting("e" * 64))
 
 
 def test_the_same_step_again(run: Storage) -> None:
@@ -199,7 +200,7 @@ def put_as(world: World, url: str, step: int) -> None:
 
 def load_as(world: World, url: str) -> tuple[int, dict[str, Any], list[str]]:
     events: list[str] = []
-    loaded = load_latest(open_storage(url), world, PRINT, events.append)
+    loaded = load_latest(open_storage(url), world, accepting(PRINT), events.append)
     assert loaded is not None
     return loaded.step, {name: tensor.tolist() for name, tensor in loaded.tensors.items()}, events
 
@@ -307,7 +308,7 @@ def save_and_die(folder: str, step: int, deadly: int) -> None:
 
 def test_a_crash_anywhere_loses_at_most_the_step_being_saved(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.world", "pipeline.checkpoint"])
+    context.set_forkserver_preload(["pipeline.world", "pipeline.saver"])
     ends: list[int] = []
     while not ends or ends[-1] != 0:
         folder = tmp_path / str(len(ends) + 1)

@@ -238,10 +238,13 @@ def test_the_guard_skips_counts_and_forgives(bad: float) -> None:
 def test_the_guard_stops_a_run_that_has_diverged() -> None:
     guard = Guard(OptimConfig(guard_skips=3))
     assert guard.check(2.0)
+    found = {"norm": "nan", "samples": [{"epoch": 2, "sample": 17, "bits_per_dim": "nan"}], "parameters": ["a.w"]}
+    for _ in range(2):
+        assert not guard.check(math.nan)
+        guard.refuse_hopeless(found)
     assert not guard.check(math.nan)
-    assert not guard.check(math.nan)
-    with pytest.raises(DivergedError, match=r"3 gradients in a row.*optim\.lr"):
-        guard.check(math.nan)
+    with pytest.raises(DivergedError, match=r"3 gradients in a row.*samples 17 of epoch 2.*parameters a\.w.*optim\.lr"):
+        guard.refuse_hopeless(found)
 
 
 def test_the_first_norm_only_has_to_be_finite() -> None:

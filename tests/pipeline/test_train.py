@@ -16,7 +16,7 @@ import torch
 
 from glow import GlowConfig
 from jobs.data import prepare
-from pipeline.checkpoint import load_latest
+from pipeline.checkpoint import accepting, load_latest
 from pipeline.config import (
     DataConfig,
     EvaluateConfig,
@@ -27,7 +27,7 @@ from pipeline.config import (
     fingerprint,
     write_config,
 )
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, DivergedError
 from pipeline.export import export_model, natural_stream, read_run
 from pipeline.manifest import open_manifest
 from pipeline.model import read_model, verify_model
@@ -72,7 +72,7 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     """Everything the newest checkpoint of a run holds."""
     manifest = open_manifest(open_storage(config.data.prefix))
     identity = fingerprint(resolved(config, manifest), manifest.digest)
-    loaded = load_latest(open_storage(config.storage).sub(config.name), World(), identity)
+    loaded = load_latest(open_storage(config.storage).sub(config.name), World(), accepting(identity))
     assert loaded is not None
     assert loaded.images == IMAGES
     return loaded.tensors
@@ -167,11 +167,49 @@ def test_a_finished_run_is_not_trained_again(config: TrainConfig) -> None:
     assert [path.stat().st_mtime_ns for path in sorted(Path(config.storage).rglob("commit.json"))] == stamps
 
 
-def test_another_configuration_under_the_same_name_is_refused(config: TrainConfig) -> None:
+def test_other_settings_under_the_same_name_are_refused_by_name(config: TrainConfig) -> None:
+    """Promise R19."""
     run(config)
+    slower = replace(config, optim=replace(config.optim, lr=1e-3), schedule=replace(config.schedule, images=2 * IMAGES))
     with pytest.raises(ConflictError) as caught:
-        run(replace(config, seed=1))
+        run(slower)
     assert caught.value.exit_code == 6
+    assert "optim.lr was 0.002 and is 0.001, schedule.images was 96 and is 192" in str(caught.value)
+    assert "--allow-change optim.lr schedule.images" in str(caught.value)
+    with pytest.raises(ConflictError, match=r"settings: schedule\.images was 96 and is 192"):
+        run(replace(slower, allow_change=("optim.lr",)))
+    assert run(replace(slower, allow_change=("optim.lr", "schedule.images")))["images"] == 2 * IMAGES
+    assert run(slower)["images"] == 2 * IMAGES, "from its next checkpoint on it is a run of these settings"
+
+
+def test_two_jobs_do_not_train_one_run(config: TrainConfig) -> None:
+    """Promise R20."""
+    refused: list[ConflictError] = []
+
+    def intrude(row: dict[str, Any]) -> None:
+        if not refused:
+            with pytest.raises(ConflictError, match="is training this run") as caught:
+                run(config)
+            refused.append(caught.value)
+
+    assert run(config, intrude)["images"] == IMAGES
+    assert len(refused) == 1
+    events = (Path(config.storage) / "tiny" / "events.jsonl").read_text()
+    assert "stopped" not in events, "a refused job leaves no trace"
+
+
+def test_a_run_that_diverges_goes_back_once_and_names_what_it_met(config: TrainConfig) -> None:
+    """Promise R14."""
+    wild = replace(config, optim=replace(config.optim, lr=1e6, warmup=48, guard_skips=2))
+    with pytest.raises(DivergedError, match=r"2 gradients in a row.*samples \d+ of epoch \d.*parameters") as caught:
+        run(wild)
+    assert caught.value.exit_code == 8
+    events = [json.loads(row) for row in (Path(config.storage) / "tiny" / "events.jsonl").read_text().splitlines()]
+    kinds = [event["kind"] for event in events]
+    assert kinds.count("rolled back") == 1
+    skipped = next(event for event in events if event["kind"] == "skipped")
+    assert len(skipped["samples"]) == 4
+    assert kinds[-1] == "stopped"
 
 
 @pytest.mark.parametrize(("name", "value"), [("size", 32), ("channels", 1), ("classes", 3), ("attributes", 7)])
