@@ -11,6 +11,7 @@ of `_environment` once, when it is first imported.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import signal
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Report = Callable[[Row], None]
 Stop = Callable[[], bool]
-Work = Callable[[TrainConfig, Report, Stop, str], Row]
+Work = Callable[[TrainConfig, Report, Stop], Row]
 
 STOP_POLL_SECONDS = 0.5
 STOP_SECONDS = 100.0
@@ -47,12 +48,13 @@ def train(config: TrainConfig, report: Report, work: Work | None = None) -> Row:
     Failures another attempt may cure restart all workers, at most `cluster.max_failures` times; a PipelineError that
     would come again is raised here at once, as itself.
     """
+    work = work or functools.partial(_loop, owner=secrets.token_hex(8))
     for _ in range(config.cluster.max_failures):
         try:
-            return _attempt(config, report, work or _loop)
+            return _attempt(config, report, work)
         except _NeverStarted as error:
             report({"event": f"{error}; starting Ray again"})
-    return _attempt(config, report, work or _loop)
+    return _attempt(config, report, work)
 
 
 class _NeverStarted(PipelineError):
@@ -98,7 +100,7 @@ def _final(error: Exception) -> bool:
     return not isinstance(error, TRANSIENT) and not type(error).__module__.startswith("ray.")
 
 
-def _loop(config: TrainConfig, report: Report, stop: Stop, owner: str) -> Row:
+def _loop(config: TrainConfig, report: Report, stop: Stop, *, owner: str) -> Row:
     from pipeline.train import run
 
     return run(config, report, stop, owner)
@@ -111,7 +113,7 @@ def _worker(settings: dict[str, Any]) -> Row:
     if os.environ["RANK"] == "0":
         threading.Thread(target=_listen, args=(mailbox, stop), daemon=True).start()
     try:
-        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop.is_set, settings["owner"])
+        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop.is_set)
     except Interrupted as error:
         return {"interrupted": error}
 
@@ -143,7 +145,7 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
     cluster = config.cluster
     return TorchTrainer(
         _worker,
-        train_loop_config={"config": config, "mailbox": mailbox, "work": work, "owner": secrets.token_hex(8)},
+        train_loop_config={"config": config, "mailbox": mailbox, "work": work},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo", timeout_s=300),
         scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu),
         run_config=RunConfig(
