@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from glow.memory import anchored
+from glow.inverses import Inverses
+from glow.memory import anchored, same_draws
 
 Gather = Callable[[Tensor], Tensor]
 """Takes this worker's [n, ...] rows and returns the rows of all workers, in order."""
@@ -53,7 +54,7 @@ class Bijection(nn.Module):
 
     def recompute(self, y: Tensor, condition: Tensor | None = None) -> Recomputed:
         """Recover x from y and run forward again under autograd (see `glow.memory`)."""
-        with torch.no_grad():
+        with torch.no_grad(), same_draws(y.device):
             x = self.inverse(y, condition)
         leaf = x.detach().requires_grad_()
         return Recomputed((leaf,), *self.forward(leaf, condition))
@@ -70,8 +71,8 @@ class Chain(Bijection):
     """Bijections one after the other, with backward's memory on one dial.
 
     `anchor_every`: 0 is plain autograd; n keeps the state every n members and recovers the others by inverting; the
-    number of members or more is pure inversion. `inversion_error` is the largest |recovered - kept| of the last
-    backward.
+    number of members or more is pure inversion. `inversion_error` is the largest |recovered - kept| of every backward
+    since it was last set to None.
     """
 
     def __init__(self, *members: Bijection, **named: Bijection) -> None:
@@ -100,8 +101,10 @@ class Chain(Bijection):
         return x, log_det
 
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
-        for member in reversed(tuple(self)):
-            y = member.inverse(y, condition)
+        parts = self.parts()
+        with Inverses(parts).lent():
+            for part in reversed(parts):
+                y = part.inverse(y, condition)
         return y
 
     def initialize(self, xs: Sequence[Tensor], conditions: Sequence[Tensor | None], gather: Gather) -> list[Tensor]:
@@ -111,4 +114,4 @@ class Chain(Bijection):
         return states
 
     def _note_error(self, error: Tensor) -> None:
-        self.inversion_error = error
+        self.inversion_error = error if self.inversion_error is None else torch.maximum(self.inversion_error, error)

@@ -18,6 +18,9 @@ from glow.norm import LOG_SCALE_FACTOR, ActNorm
 HIDDEN_STD = 0.05
 """Standard deviation of hidden weights at the start, as released."""
 
+PIXEL_MAJOR_FROM = 512
+"""Pixels of a batch from which hidden maps lie pixel-major; below it turning the weights costs more (on a CPU)."""
+
 
 def border_mask(like: Tensor) -> Tensor:
     """The border channel of a padded [b, c, h, w]: [1, 1, h + 2, w + 2], 1 on the border and 0 inside."""
@@ -49,7 +52,7 @@ class ZeroConv(nn.Module):
         """[b, channels, h, w] -> [b, out_channels, h, w]."""
         scale = torch.exp(LOG_SCALE_FACTOR * self.log_scale)
         edge = None if self.border is None else F.conv2d(border_mask(x), self.border * scale[:, None, None, None])
-        y = F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1)
+        y = F.conv2d(x, self.weight * scale[:, None, None, None], self.bias * scale, padding=1).contiguous()
         return y if edge is None else y + edge
 
 
@@ -57,7 +60,9 @@ class ConvConditioner(nn.Module):
     """[b, channels, h, w] (and condition [b, k]) -> [b, out_channels, h, w]; 0 at the start.
 
     Both activation norms are folded into the convolutions before them. A condition adds a bias a channel to the first
-    hidden map through a zero-initialised linear map, so the unconditional network is the starting point.
+    hidden map through a zero-initialised linear map, so the unconditional network is the starting point. Large hidden
+    maps lie pixel-major (channels_last): the 1x1 convolution is then one matrix product over all pixels. Input, output
+    and parameters keep their layout.
     """
 
     def __init__(self, channels: int, out_channels: int, width: int, condition: int = 0, border: bool = True) -> None:
@@ -72,14 +77,14 @@ class ConvConditioner(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         hidden = F.relu_(self._first(x, condition))
-        hidden = F.relu_(folded_conv(hidden, self.second, self.norm_second))
+        hidden = folded_pixelwise(hidden, self.second, self.norm_second)
         return self.last(hidden)
 
     def _first(self, x: Tensor, condition: Tensor | None) -> Tensor:
-        hidden = folded_conv(self.padded(x), self.first, self.norm_first)
+        hidden = folded_conv(laid_out(self.padded(x)), self.first, self.norm_first)
         if self.condition is None or condition is None:
             return hidden
-        return hidden + self.condition(condition)[:, :, None, None]
+        return hidden.add_(self.condition(condition)[:, :, None, None])
 
     @torch.no_grad()
     def initialize(self, xs: Sequence[Tensor], conditions: Sequence[Tensor | None], gather: Gather) -> None:
@@ -108,6 +113,24 @@ def folded_conv(x: Tensor, weight: Tensor, norm: ActNorm) -> Tensor:
     """norm(conv(x, weight)) as one convolution whose weight and bias carry the norm."""
     scale, shift = norm.scale_and_shift()
     return F.conv2d(x, weight * scale[:, None, None, None], shift)
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """x, pixel-major where it has enough pixels to pay for turning the weights round."""
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    return x.contiguous(memory_format=torch.channels_last) if pixels >= PIXEL_MAJOR_FROM else x
+
+
+def folded_pixelwise(x: Tensor, weight: Tensor, norm: ActNorm) -> Tensor:
+    """relu(norm(conv(x, weight))) of a 1x1 convolution; one matrix product where x lies pixel-major."""
+    if x.is_contiguous():
+        return F.relu_(folded_conv(x, weight, norm))
+    scale, shift = norm.scale_and_shift()
+    b, c, h, w = x.shape
+    matrix = weight.flatten(1) * scale[:, None]
+    # relu_ takes the product itself, not a view of it: in-place on a view, autograd would copy the whole map.
+    rows = F.relu_(torch.addmm(shift, x.permute(0, 2, 3, 1).reshape(b * h * w, c), matrix.t()))
+    return rows.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 
 def zero_linear(inputs: int, outputs: int) -> nn.Linear:

@@ -141,7 +141,7 @@ class Glow(nn.Module):
             self.dequantizer.steps.anchor_every = anchor_every[0]
 
     def inversion_error(self) -> Tensor | None:
-        """Largest |recovered - kept| of the last backward over all levels, or None where nothing was inverted."""
+        """Largest |recovered - kept| over all levels and every backward so far, or None where nothing was inverted."""
         chains = [level.steps for level in self] + ([self.dequantizer.steps] if self.dequantizer else [])
         errors = [chain.inversion_error for chain in chains if chain.inversion_error is not None]
         return torch.stack(errors).amax() if errors else None

@@ -12,13 +12,15 @@ the same conditioner evaluation that its gradient needs, so backward costs one e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from glow.inverses import Inverses
 
 if TYPE_CHECKING:
     from glow.bijection import Bijection
@@ -27,15 +29,16 @@ if TYPE_CHECKING:
 class Tape:
     """What backward hands from one node to the node before it; empty outside backward."""
 
-    def __init__(self, note_error: Callable[[Tensor], None]) -> None:
-        self.state: Tensor | None = None
-        self.condition: Tensor | None = None
-        self.error: Tensor | None = None
-        self.note_error = note_error
+    def __init__(self, members: Sequence[Bijection], note_error: Callable[[Tensor], None]) -> None:
+        self.members, self.note_error = members, note_error
+        self.start()
 
     def start(self) -> None:
         """Open a backward pass: one that stopped half-way (gradients of late parameters alone) left its state here."""
-        self.state = self.condition = self.error = None
+        self.state: Tensor | None = None
+        self.condition: Tensor | None = None
+        self.error: Tensor | None = None
+        self.inverses = Inverses(self.members)
 
     def compare(self, kept: Tensor) -> None:
         """Measure the recovered state against the kept one, without waiting for the device."""
@@ -68,7 +71,7 @@ def anchored(
     note_error: Callable[[Tensor], None],
 ) -> tuple[Tensor, Tensor]:
     """Apply members in order, [b, c, h, w] -> ([b, c, h, w], log_det [b]), keeping the state every `every` members."""
-    tape = Tape(note_error)
+    tape = Tape(members, note_error)
     log_det = x.new_zeros(x.shape[0])
     last = len(members) - 1
     for index, member in enumerate(members):
@@ -93,18 +96,22 @@ class _Link(torch.autograd.Function):
         condition: Tensor | None,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        y, term = member(x, condition)
+        y, term, draws = _applied(member, x, condition)
         ctx.tape, ctx.member, ctx.place = tape, member, place
         ctx.versions = tuple(p._version for p in trained)
         ctx.autocast = _autocast_of(x)
-        ctx.save_for_backward(*([y, condition] if place.keep else ()), *([x] if place.first else ()))
+        ctx.drew = tuple(draw is not None for draw in draws)
+        states = [draw for draw in draws if draw is not None]
+        ctx.save_for_backward(*([y, condition] if place.keep else ()), *([x] if place.first else ()), *states)
         return y, log_det + term
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad_y, grad_log_det = grad_outputs
-        tape, saved = ctx.tape, ctx.saved_tensors
+        tape, kept = ctx.tape, ctx.saved_tensors
+        saved, states = kept[: len(kept) - sum(ctx.drew)], iter(kept[len(kept) - sum(ctx.drew) :])
+        draws = [next(states) if drew else None for drew in ctx.drew]
         trained = [p for p in ctx.member.parameters() if p.requires_grad]
         if ctx.versions != tuple(p._version for p in trained):
             raise RuntimeError("a parameter changed between forward and backward: its step can no longer be inverted")
@@ -113,25 +120,45 @@ class _Link(torch.autograd.Function):
         if ctx.place.keep:
             tape.compare(saved[0])
             tape.state, tape.condition = saved[0], saved[1]
-        with _restored(ctx.autocast):
+        with _restored(ctx.autocast), tape.inverses.lent():
             tape.state, grad_x, grad_condition, found = _pull_back(
-                ctx.member, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[5]
+                ctx.member, draws, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[5]
             )
         if ctx.place.first:
             tape.finish(saved[-1])
         return None, None, None, grad_x, grad_log_det, grad_condition, *(found.get(id(p)) for p in trained)
 
 
+def _applied(
+    member: Bijection, x: Tensor, condition: Tensor | None
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """(y, log_det) of a member's parts in order, and the generators' state before every part that drew from them."""
+    log_det = x.new_zeros(x.shape[0])
+    draws: list[Tensor | None] = []
+    for part in part_list(member):
+        before = _random_state(x.device)
+        x, term = part(x, condition)
+        draws.append(None if torch.equal(before, _random_state(x.device)) else before)
+        log_det = log_det + term
+    return x, log_det, draws
+
+
 def _pull_back(
-    member: Bijection, y: Tensor, condition: Tensor | None, grad_y: Tensor, grad_log_det: Tensor, wants_condition: bool
+    member: Bijection,
+    draws: Sequence[Tensor | None],
+    y: Tensor,
+    condition: Tensor | None,
+    grad_y: Tensor,
+    grad_log_det: Tensor,
+    wants_condition: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, dict[int, Tensor | None]]:
     """Recover a member's input and pull gradients back through it, part by part."""
     found: dict[int, Tensor | None] = {}
     grad_condition: Tensor | None = None
     leaf = condition.detach().requires_grad_() if wants_condition and condition is not None else condition
-    for part in reversed(part_list(member)):
+    for part, draw in zip(reversed(part_list(member)), reversed(draws), strict=True):
         trained = [p for p in part.parameters() if p.requires_grad]
-        with torch.enable_grad():
+        with torch.enable_grad(), _drawing_from(draw, y.device):
             leaves, again, log_det = part.recompute(y, leaf)
         inputs = [*leaves, *trained, *([leaf] if wants_condition and leaf is not None else [])]
         outputs = [(o, g) for o, g in ((again, grad_y), (log_det, grad_log_det)) if o.requires_grad]
@@ -160,10 +187,49 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a if b is None else b if a is None else a + b
 
 
-def _autocast_of(x: Tensor) -> tuple[str, torch.dtype] | None:
+def _autocast_of(x: Tensor) -> dict[str, Any]:
     kind = x.device.type
-    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    on = torch.is_autocast_enabled(kind)
+    return {"device_type": kind, "dtype": torch.get_autocast_dtype(kind) if on else None, "enabled": on}
 
 
-def _restored(autocast: tuple[str, torch.dtype] | None) -> AbstractContextManager[Any]:
-    return nullcontext() if autocast is None else torch.autocast(autocast[0], dtype=autocast[1])
+def _restored(autocast: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Autocast as it was in forward, off where it was off: backward may be called inside another one."""
+    return torch.autocast(**autocast)
+
+
+def _random_state(device: torch.device) -> Tensor:
+    """The states of the CPU's generator and, behind it, of the device's; reading them waits for nothing."""
+    state = torch.get_rng_state()
+    return state if device.type == "cpu" else torch.cat([state, _generator_of(device).get_state()])
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    """The default generator of an accelerator."""
+    module: Any = torch.get_device_module(device)
+    return module.default_generators[device.index or 0]
+
+
+def _set_random_state(state: Tensor, device: torch.device) -> None:
+    own = len(torch.get_rng_state())
+    torch.set_rng_state(state[:own])
+    if device.type != "cpu":
+        _generator_of(device).set_state(state[own:].clone())
+
+
+@contextmanager
+def same_draws(device: torch.device) -> Generator[None]:
+    """Put the random generators back afterwards: what follows draws what was drawn inside."""
+    before = _random_state(device)
+    yield
+    if not torch.equal(before, _random_state(device)):
+        _set_random_state(before, device)
+
+
+@contextmanager
+def _drawing_from(state: Tensor | None, device: torch.device) -> Generator[None]:
+    """Let what is inside draw from this state of the generators, None standing for wherever they are."""
+    with nullcontext() if state is None else same_draws(device):
+        if state is not None:
+            _set_random_state(state, device)
+        yield

@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glow.bijection import Bijection, Gather, full_precision
+from glow.inverses import Matrix
 from glow.norm import ActNorm
 
 MixingKind = Literal["lu", "dense", "reverse", "shuffle"]
 
 
-class Mixing(Bijection):
+class Mixing(Bijection, Matrix):
     """y = W x at every pixel; log_det = h w log|det W|."""
 
-    def matrix(self) -> Tensor:
-        """W, [c, c]."""
-        raise NotImplementedError
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.size = channels
 
     def log_det_per_pixel(self) -> Tensor:
         """log|det W|, a scalar."""
@@ -33,14 +34,14 @@ class Mixing(Bijection):
 
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
         with full_precision(y):
-            return F.conv2d(y, inverted(self.matrix())[:, :, None, None])
+            return F.conv2d(y, self.inverse_matrix()[:, :, None, None])
 
 
 class DenseMixing(Mixing):
     """A learned matrix that starts as a random rotation; the determinant costs O(c^3)."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         self.weight = nn.Parameter(random_rotation(channels))
 
     def matrix(self) -> Tensor:
@@ -57,7 +58,7 @@ class LUMixing(Mixing):
     sign: Tensor
 
     def __init__(self, channels: int) -> None:
-        super().__init__()
+        super().__init__(channels)
         rotation = random_rotation(channels)
         factors = torch.linalg.lu(rotation)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
         permutation, lower, upper = cast("tuple[Tensor, Tensor, Tensor]", factors)
@@ -83,7 +84,7 @@ class PermutationMixing(Mixing):
     weight: Tensor
 
     def __init__(self, channels: int, kind: Literal["reverse", "shuffle"]) -> None:
-        super().__init__()
+        super().__init__(channels)
         order = torch.arange(channels - 1, -1, -1) if kind == "reverse" else torch.randperm(channels)
         self.register_buffer("weight", torch.eye(channels)[order])
 
@@ -113,7 +114,7 @@ class NormedMixing(Bijection):
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
         scale, _ = self.norm.scale_and_shift()
         with full_precision(y):
-            matrix = inverted(self.mixing.matrix()) / scale[:, None]
+            matrix = self.mixing.inverse_matrix() / scale[:, None]
             return F.conv2d(y, matrix[:, :, None, None], -self.norm.bias)
 
     def initialize(self, xs: Sequence[Tensor], conditions: Sequence[Tensor | None], gather: Gather) -> list[Tensor]:
@@ -132,8 +133,3 @@ def random_rotation(channels: int) -> Tensor:
     """A random orthogonal matrix [c, c] from the default generator, computed in float64."""
     normal = torch.randn(channels, channels, dtype=torch.float64)
     return torch.orgqr(*torch.geqrf(normal)).to(torch.get_default_dtype())
-
-
-def inverted(matrix: Tensor) -> Tensor:
-    """The inverse, computed in float64: round-trip error is then that of the product alone."""
-    return torch.inverse(matrix.double()).to(matrix.dtype)

@@ -1,9 +1,10 @@
 """`python -m jobs bench`: what a training step costs in time and memory, beside the plainest PyTorch.
 
-Rows: the plain reference (`jobs/plain.py`), the same with every step checkpointed, and `glow` by anchor setting. `step`
-takes all rows in turn, round after round in one process, so that a busy machine disturbs them alike; on a CPU it counts
-the process's own CPU time, on a GPU device time between events. `memory` gives every row a fresh process. Needs
-argparse, torch and glow alone.
+Rows: the plain reference (`jobs/plain.py`), the same checkpointed, compiled, in bfloat16, and `glow` by anchor setting.
+`step` takes all rows in turn, round after round in one process, so that a busy machine disturbs them alike; on a CPU it
+counts the process's own CPU time, on a GPU device time between events. `memory` gives every row a fresh process,
+`depth` every row and number of steps. `drift` trains small stacks and says how far inversion drifts; `logdet` times
+log-determinants. Needs argparse, torch and glow alone; `--plot` matplotlib.
 """
 
 from __future__ import annotations
@@ -11,31 +12,46 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from glow import Glow, GlowConfig
-from jobs.workload import Setup, Variant, measure_memory, measure_steps
+from jobs.numerics import FIT_FROM, drift_rows, log_det_rows, slope
+from jobs.workload import Setup, Variant, maps_a_step, measure_memory, measure_steps
 
 COLUMNS = {
+    "channels": "C",
+    "coupling": "",
     "row": "",
+    "K": "K",
+    "nets": "nets",
+    "n": "n",
     "ms": "ms/step",
     "ms_least": "least",
     "peak_mib": "peak MiB",
     "ratio": "x plain",
     "images_per_s": "images/s",
+    "mfu": "MFU",
     "gradients_mib": "gradients",
     "saved_mib": "saved MiB",
+    "maps_a_step": "maps/step",
+    "round_trip": "round trip",
+    "gradient": "gradient error",
+    "dense": "dense",
+    "lu": "LU",
 }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text."""
-    names = [name for name in COLUMNS if name in rows[0]]
+    names = [name for name in COLUMNS if rows[0].get(name) is not None]
     cells = [[COLUMNS[name] for name in names]]
     cells += [[_cell(name, row[name]) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
@@ -46,12 +62,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(name: str, value: str | float) -> str:
-    if isinstance(value, str):
-        return value
+    if isinstance(value, str | int):
+        return str(value)
+    if name in ("round_trip", "gradient"):
+        return f"{value:.0e}"
+    if name in ("maps_a_step", "dense", "lu"):
+        return f"{value:.3f}"
     return f"{value:.2f}" if name == "ratio" or value < 100 else f"{value:.0f}"
 
 
-FLAGS: tuple[tuple[str, int | str | bool, str], ...] = (
+Flags = tuple[tuple[str, int | str | bool, str], ...]
+
+MODEL: Flags = (
     ("--size", 64, "image side in pixels"),
     ("--levels", 4, "levels (L)"),
     ("--steps", 6, "steps of flow a level (K)"),
@@ -59,23 +81,44 @@ FLAGS: tuple[tuple[str, int | str | bool, str], ...] = (
     ("--batch", 8, "images a step"),
     ("--coupling", "additive", "additive or affine coupling layers"),
     ("--anchors", "0,4,K", "anchor settings of ours; K is pure inversion"),
+    ("--rows", "plain,checkpointed,ours", "plain, checkpointed, compiled, ours, each also NAME-bfloat16; or all"),
     ("--device", "cpu", "cpu or cuda"),
     ("--threads", 1, "CPU threads"),
-    ("--rounds", 9, "times every row is measured (step)"),
     ("--channels-last", False, "pixel-major memory layout, in all rows"),
+)
+ROUNDS: Flags = (("--rounds", 9, "times everything is measured"),)
+PLOT: Flags = (("--plot", "", "draw it into this file (PNG or SVG)"),)
+EVERYWHERE: Flags = (
     ("--json", False, "JSON instead of a table"),
     ("--dry-run", False, "say what would be measured, and stop"),
 )
+COMMANDS: dict[str, tuple[str, Flags]] = {
+    "step": ("time of a training step", MODEL + ROUNDS),
+    "memory": ("peak memory of a training step", MODEL),
+    "depth": (
+        "peak memory of a training step against steps a level",
+        MODEL + PLOT + (("--depths", "4,16,32", "steps a level (K) in turn"),),
+    ),
+    "drift": (
+        "round-trip and gradient error of trained stacks by depth, precision and anchor",
+        (("--depths", "8,16,32,64", "steps (K) in turn"), ("--training", 100, "steps of Adam before")),
+    ),
+    "logdet": (
+        "time of log-determinants, dense and LU, by channels",
+        (("--channels", "12,24,48,96,192,384,768", "channels in turn"), *ROUNDS, *PLOT),
+    ),
+}
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    root = argparse.ArgumentParser(prog="python -m jobs bench", description="Step time and memory in one table.")
-    commands = root.add_subparsers(dest="command", required=True, metavar="step|memory")
+    purpose = "What a training step costs in time and memory, how far inversion drifts, what log-determinants cost."
+    root = argparse.ArgumentParser(prog="python -m jobs bench", description=purpose)
+    commands = root.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     shape = argparse.ArgumentDefaultsHelpFormatter
-    for name, purpose in (("step", "time of a training step"), ("memory", "peak memory of a training step")):
+    for name, (purpose, flags) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose, formatter_class=shape)
-        for flag, default, meaning in FLAGS:
+        for flag, default, meaning in flags + EVERYWHERE:
             if isinstance(default, bool):
                 command.add_argument(flag, action="store_true", help=meaning)
             else:
@@ -83,24 +126,60 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def variants_of(anchors: str, steps: int) -> list[Variant]:
-    """The rows for `--anchors`, plain first."""
+KINDS = ("plain", "checkpointed", "compiled", "ours")
+
+
+def variants_of(asked: str, anchors: str, steps: int) -> list[Variant]:
+    """The rows for `--rows` and `--anchors`, in the order asked for."""
+    known = [f"{kind}{nets}" for nets in ("", "-bfloat16") for kind in KINDS]
+    names = known if asked == "all" else [word.strip() for word in asked.split(",")]
+    if strange := [name for name in names if name not in known]:
+        raise ValueError(f"--rows knows {', '.join(known)} and all, not {strange[0]!r}")
+    found: list[Variant] = []
+    for name in names:
+        kind, _, nets = name.partition("-")
+        found += _ours(anchors, steps, bool(nets)) if kind == "ours" else [_plain(kind, bool(nets))]
+    return found
+
+
+def _plain(kind: str, bfloat16: bool) -> Variant:
+    name = ("plain" if kind == "plain" else f"plain, {kind}") + (", bfloat16 channels_last" if bfloat16 else "")
+    return Variant(
+        name=name, plain=True, bfloat16=bfloat16, checkpointed=kind == "checkpointed", compiled=kind == "compiled"
+    )
+
+
+def _ours(anchors: str, steps: int, bfloat16: bool) -> list[Variant]:
+    """A row an anchor setting."""
     words = [word.strip() for word in anchors.split(",")]
     if any(word != "K" and not word.isdecimal() for word in words):
         raise ValueError(f"--anchors takes numbers and K, separated by commas: {anchors!r}")
     settings = dict.fromkeys(steps if word == "K" else int(word) for word in words)
-    ours = [
-        Variant(name=f"ours, anchor {n}{' (K)' if n == steps else ''}", plain=False, anchor_every=n) for n in settings
+    nets = ", bfloat16 nets" if bfloat16 else ""
+    return [
+        Variant(
+            name=f"ours, anchor {n}{' (K)' if n == steps else ''}{nets}",
+            plain=False,
+            bfloat16=bfloat16,
+            anchor_every=n,
+        )
+        for n in settings
     ]
-    checkpointed = Variant(name="plain, checkpointed", plain=True, checkpointed=True)
-    return [Variant(name="plain", plain=True), checkpointed, *ours]
+
+
+def without_impossible(setup: Setup, variants: Sequence[Variant]) -> list[Variant]:
+    """Rows that can be measured here; says which are left out."""
+    compiler = setup.cuda or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    if not compiler and any(variant.compiled for variant in variants):
+        print("left out: compiled rows, torch.compile finds no C++ compiler here", file=sys.stderr)
+    return [variant for variant in variants if compiler or not variant.compiled]
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
     """What the flags say; ValueError where it cannot be measured."""
     if options.coupling not in ("additive", "affine"):
         raise ValueError(f"--coupling is additive or affine, not {options.coupling}")
-    if min(options.batch, options.threads, options.rounds) < 1:
+    if min(options.batch, options.threads, getattr(options, "rounds", 1)) < 1:
         raise ValueError("--batch, --threads and --rounds are 1 or more")
     names = ("size", "levels", "steps", "width", "coupling")
     config = GlowConfig(channels=3, classes=-1, attributes=-1, **{name: getattr(options, name) for name in names})
@@ -110,7 +189,7 @@ def setup_of(options: argparse.Namespace) -> Setup:
     setup = Setup(config=config, **{name: getattr(options, name) for name in names})
     if not options.dry_run and setup.cuda and not torch.cuda.is_available():
         raise ValueError("torch sees no GPU here")
-    if not options.dry_run and options.command == "memory" and not setup.cuda and platform.libc_ver()[0] != "glibc":
+    if not options.dry_run and options.command != "step" and not setup.cuda and platform.libc_ver()[0] != "glibc":
         raise ValueError("resident memory is measured on Linux with glibc")
     return setup
 
@@ -134,18 +213,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0, or 2 where the flags make no sense."""
     root = parser()
     options = root.parse_args(argv)
+    measure = {"drift": _drift, "logdet": _log_det}.get(options.command, _steps)
     try:
-        setup, variants = setup_of(options), variants_of(options.anchors, options.steps)
+        about, work = measure(options)
     except ValueError as error:
         root.error(str(error))
     if options.dry_run:
-        print(f"would measure {options.command} of {headline(setup)}:")
-        print("\n".join(f"  {variant.name}" for variant in variants))
+        print(f"would measure {options.command} of {about['headline']}")
         return 0
-    timed = options.command == "step"
-    rows = measure_steps(setup, variants, options.rounds) if timed else measure_memory(setup, variants)
-    print(json.dumps({**describe(setup), "rows": rows}) if options.json else f"{headline(setup)}\n{table(rows)}")
+    rows = work()
+    print(json.dumps({**about, "rows": rows}) if options.json else f"{about['headline']}\n{table(rows)}")
     return 0
+
+
+Measurement = tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]
+"""What is measured (its "headline" is a line of text), and how."""
+
+
+def _steps(options: argparse.Namespace) -> Measurement:
+    """step, memory and depth."""
+    if options.command == "depth":
+        return _depth(options)
+    setup, variants = setup_of(options), variants_of(options.rows, options.anchors, options.steps)
+    about = describe(setup) | {"headline": headline(setup)}
+    if options.dry_run:
+        return about | {"headline": "\n  ".join([about["headline"] + ":", *(v.name for v in variants)])}, list
+    kept = without_impossible(setup, variants)
+    if options.command == "step":
+        return about, lambda: measure_steps(setup, kept, options.rounds)
+    return about, lambda: measure_memory(setup, kept)
+
+
+def _depth(options: argparse.Namespace) -> Measurement:
+    depths = numbers(options.depths, "--depths")
+    setups = {depth: setup_of(argparse.Namespace(**{**vars(options), "steps": depth})) for depth in depths}
+    first = setups[depths[0]]
+
+    def work() -> list[dict[str, Any]]:
+        rows = []
+        for depth, setup in setups.items():
+            kept = without_impossible(setup, variants_of(options.rows, options.anchors, depth))
+            rows += [{**row, "K": depth} for row in measure_memory(setup, kept)]
+        for row in rows:
+            row["row"] = re.sub(r"anchor \d+ \(K\)", "anchor K", row["row"])
+        for row in rows:
+            row["maps_a_step"] = maps_a_step([other for other in rows if other["row"] == row["row"]], first)
+        if options.plot:
+            from jobs.plots import memory_plot
+
+            memory_plot(Path(options.plot), rows, headline(first).replace(f" K{depths[0]}", "").split(", float32")[0])
+        return rows
+
+    return describe(first) | {"headline": f"{headline(first)}; K = {', '.join(map(str, depths))}"}, work
+
+
+def _drift(options: argparse.Namespace) -> Measurement:
+    depths = numbers(options.depths, "--depths")
+    stacks = f"stacks of K = {', '.join(map(str, depths))} after {options.training} steps of Adam"
+    return {"headline": f"{stacks}, CPU, torch {torch.__version__}"}, lambda: list(drift_rows(depths, options.training))
+
+
+def _log_det(options: argparse.Namespace) -> Measurement:
+    channels = numbers(options.channels, "--channels")
+
+    def work() -> list[dict[str, Any]]:
+        torch.set_num_threads(1)
+        rows = log_det_rows(channels, options.rounds)
+        slopes = {name: slope(rows, name) for name in ("dense", "lu")}
+        if options.plot:
+            from jobs.plots import log_det_plot
+
+            log_det_plot(Path(options.plot), rows, slopes)
+        return [*rows, {"channels": f"exponent from {FIT_FROM}", **slopes}]
+
+    return {"headline": f"log|det W| and its gradient, CPU ms, 1 thread, torch {torch.__version__}"}, work
+
+
+def numbers(words: str, flag: str) -> list[int]:
+    """Numbers of 2 or more from "4,16,32"."""
+    found = [int(word) if word.strip().isdecimal() else 0 for word in words.split(",")]
+    if min(found) < 2:
+        raise ValueError(f"{flag} takes numbers of 2 or more, separated by commas: {words!r}")
+    return found
 
 
 if __name__ == "__main__":

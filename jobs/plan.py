@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from glow import Glow, GlowConfig
+from glow.budget import Plan, level_costs, plan_of, plans
+from pipeline.anchors import budget, nets_dtype, planned
 from pipeline.config import TrainConfig, fingerprint
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.order import Order
@@ -29,7 +30,7 @@ def plan(config: TrainConfig) -> str:
         *_about_run(config, manifest),
         *_about_data(config, manifest),
         *_about_model(config, parameters),
-        *_about_memory(config),
+        *_about_memory(config, parameters),
         f"checkpoint   {_bytes(parameters * 4 * COPIES)} each, every {every} images, {config.schedule.keep} kept",
     ]
     return "\n".join(lines)
@@ -72,23 +73,28 @@ def _about_model(config: TrainConfig, parameters: int) -> list[str]:
     ]
 
 
-def _about_memory(config: TrainConfig) -> list[str]:
-    """Bytes one image keeps for backward, by level and anchor; * marks the setting of this run."""
-    model, dial = config.model, config.memory.anchor_every
-    asked = [dial[min(level, len(dial) - 1)] for level in range(model.levels)]
-    columns = sorted({0, 1, 4, model.steps, *asked})
-    stored = _stored(model)
-    lines = ["memory       kept for backward, an image: anchor_every " + " ".join(f"{every:>10}" for every in columns)]
-    total = 0
-    for level in range(model.levels):
-        state = 4 * model.channels * model.size**2 // 2**level
-        row = {0: stored[level]}
-        row |= {every: -(-model.steps // every) * state for every in columns if every}
-        total += row[asked[level]]
-        cells = " ".join(f"{_bytes(row[every]) + '*' * (every == asked[level]):>10}" for every in columns)
-        lines.append(f"             {'level ' + str(level + 1):>43} {cells}")
-    leaf = _bytes(total * config.schedule.leaf)
-    return [*lines, f"             {_bytes(total)} an image, {leaf} a leaf, beside one step's own needs"]
+def _about_memory(config: TrainConfig, parameters: int) -> list[str]:
+    """Anchor settings from the fastest to the smallest, what each needs for a leaf; * marks the setting of this run."""
+    costs = level_costs(config.model, config.schedule.leaf, nets_dtype(config))
+    device = torch.device("cuda" if config.cluster.gpu and torch.cuda.is_available() else "cpu")
+    free = budget(config, parameters, device)
+    asked = config.memory.anchor_every
+    chosen = planned(config, free) if asked == "plan" else plan_of(costs, asked)
+    known = [plan for plan in plans(costs) if plan.anchor_every != chosen.anchor_every]
+    shown = sorted([chosen, *_spread(known)], key=lambda plan: (plan.cost, -plan.bytes))
+    rows = [
+        f"             {'*' if plan is chosen else ' '} {_bytes(plan.bytes):>9} {plan.cost:>9.2f}x   "
+        + " ".join(map(str, plan.anchor_every))
+        for plan in shown
+    ]
+    head = f"memory       of a leaf's backward ({_bytes(free)} free for it), cost beside plain, anchor_every by level"
+    return [head, *rows]
+
+
+def _spread(known: list[Plan], count: int = 6) -> list[Plan]:
+    """A few from the first to the last."""
+    places = {round(index * (len(known) - 1) / (count - 1)) for index in range(count)} if known else set()
+    return [known[place] for place in sorted(places)]
 
 
 def _small(config: GlowConfig, size: int, steps: int) -> Glow:
@@ -102,40 +108,6 @@ def _parameters(model: Glow) -> int:
 def _linear(one: int, two: int, steps: int) -> int:
     """What grows by the same amount with every step, from its values at one and two."""
     return one + (steps - 1) * (two - one)
-
-
-def _stored(config: GlowConfig) -> list[int]:
-    """Bytes plain autograd keeps for one image, by level: linear in pixels and steps, so measured on small ones.
-
-    What does not grow with the image (folded weights) is kept once a leaf and left out.
-    """
-    side = 2**config.levels
-    by_steps = []
-    for steps in (1, 2):
-        small, larger = (_kept(_small(config, size, steps)) for size in (side, 2 * side))
-        by_steps.append([(b - a) * config.size**2 // (3 * side**2) for a, b in zip(small, larger, strict=True)])
-    return [_linear(one, two, config.steps) for one, two in zip(*by_steps, strict=True)]
-
-
-def _kept(model: Glow) -> list[int]:
-    """Bytes autograd saves in one forward pass of one image, by level."""
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    x = torch.zeros(1, model.config.channels, model.config.size, model.config.size, requires_grad=True)
-    condition = model.condition(1, None, None, x)
-    sizes = []
-    for level in model:
-        kept: dict[int, int] = {}
-
-        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-            if tensor.data_ptr() not in own:
-                kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            following = level(x, condition)[0]
-        sizes.append(sum(kept.values()))
-        x = following.detach().requires_grad_()
-    return sizes
 
 
 def _number(value: int) -> str:

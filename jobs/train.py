@@ -32,6 +32,7 @@ SHOWN = (
     ("train/lr",              "lr {:.1e}"),
     ("perf/data_wait_pct",    "wait {:.1f} %"),
     ("train/inversion_error", "inversion {:.0e}"),
+    ("memory/tightened",      "anchors tightened {:.0f} times"),
 )  # fmt: skip
 """What of a row a person watches, a bar has room for the first three; all of it is in RUN/metrics.jsonl."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glow import Glow, GlowConfig
+from glow.budget import level_costs
 from jobs.plain import PlainGlow
 
 MIB = 2**20
@@ -45,6 +46,9 @@ class Variant:
     name: str
     plain: bool
     checkpointed: bool = False
+    compiled: bool = False
+    bfloat16: bool = False
+    """Networks in bfloat16 (autocast); a plain model then lies channels_last, as one would run it."""
     anchor_every: int = 0
 
 
@@ -58,23 +62,31 @@ class Workload:
         layout = torch.channels_last if setup.channels_last else torch.contiguous_format
         x = torch.rand(setup.batch, config.channels, config.size, config.size) - 0.5
         self.x = x.to(setup.device, memory_format=layout)
+        self._modules: list[nn.Module] = []
         self.glow = Glow(config).to(setup.device, memory_format=layout)  # type: ignore[call-overload]
         self.glow.initialize([self.x])
-        self.plain: PlainGlow | None = None
-        if any(variant.plain for variant in variants):
-            self.plain = PlainGlow(config)
-            self.plain.load_from(self.glow.state_dict())
-            self.plain.to(setup.device, memory_format=layout)  # type: ignore[call-overload]
+        self.device = setup.device
+        layouts = {variant.name: torch.channels_last if variant.bfloat16 else layout for variant in variants}
+        self._plain = {v.name: self._plain_model(config, v, layouts[v.name]) for v in variants if v.plain}
+
+    def _plain_model(self, config: GlowConfig, variant: Variant, layout: torch.memory_format) -> Callable[..., Any]:
+        """The plain reference with the same weights, as the variant runs it."""
+        plain = PlainGlow(config)
+        plain.load_from(self.glow.state_dict())
+        plain.to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        plain.checkpointed = variant.checkpointed
+        self._modules.append(plain)
+        return torch.compile(plain) if variant.compiled else plain
 
     def loss(self, variant: Variant) -> Tensor:
         """Mean negative log-likelihood of the batch, ready for backward."""
         self.drop_gradients()
-        if not variant.plain:
+        kind = torch.device(self.device).type
+        with torch.autocast(kind, torch.bfloat16, enabled=variant.bfloat16):
+            if variant.plain:
+                return -self._plain[variant.name](self.x)[1].mean()
             self.glow.set_anchors([variant.anchor_every])
             return -self.glow.log_prob(self.x).mean()
-        assert self.plain is not None
-        self.plain.checkpointed = variant.checkpointed
-        return -self.plain(self.x)[1].mean()
 
     def step(self, variant: Variant) -> None:
         """Forward and backward."""
@@ -85,7 +97,7 @@ class Workload:
             model.zero_grad(set_to_none=True)
 
     def models(self) -> list[nn.Module]:
-        return [self.glow] if self.plain is None else [self.glow, self.plain]
+        return [self.glow, *self._modules]
 
     def saved_bytes(self, variant: Variant) -> int:
         """Bytes of storages that autograd saves for backward, parameters and buffers aside."""
@@ -119,10 +131,42 @@ def measure_steps(setup: Setup, variants: Sequence[Variant], rounds: int) -> lis
             "ms_least": 1e3 * min(times[variant.name][1:]),
             "ratio": statistics.median(t / b for t, b in zip(times[variant.name][1:], baseline, strict=True)),
             "images_per_s": setup.batch / statistics.median(times[variant.name][1:]),
+            "mfu": _utilisation(setup, variant, statistics.median(times[variant.name][1:])),
             "saved_mib": workload.saved_bytes(variant) / MIB,
         }
         for variant in variants
     ]
+
+
+PEAKS = {
+    # name      float32  bfloat16, dense TFLOP/s as the maker states them
+    "H100 PCIe": (51.0, 756.0),
+    "H100":      (67.0, 989.0),
+    "H200":      (67.0, 989.0),
+    "A100":      (19.5, 312.0),
+    "A10G":      (31.2, 70.0),
+    "L40S":      (91.6, 362.0),
+    "L4":        (30.3, 121.0),
+    "RTX 4090":  (82.6, 165.0),
+    "RTX 3090":  (35.6, 71.0),
+}  # fmt: skip
+
+
+def peak_tflops(device_name: str, bfloat16: bool) -> float | None:
+    """What a GPU can do without tensor cores (float32) or with them (bfloat16); None where it is not in the table."""
+    names = [name for name in PEAKS if name in device_name]
+    return PEAKS[max(names, key=len)][int(bfloat16)] if names else None
+
+
+def step_flops(setup: Setup) -> int:
+    """Of a training step that stores its activations; what is computed again for memory's sake does not count."""
+    return 6 * sum(cost.macs for cost in level_costs(setup.config, setup.batch))
+
+
+def _utilisation(setup: Setup, variant: Variant, seconds: float) -> float | None:
+    """Model FLOPs over what the GPU could have done in the time."""
+    peak = peak_tflops(torch.cuda.get_device_name(setup.device), variant.bfloat16) if setup.cuda else None
+    return None if peak is None else step_flops(setup) / seconds / (1e12 * peak)
 
 
 def _seconds_on_cpu(step: Callable[[], None]) -> float:
@@ -151,14 +195,24 @@ def measure_memory(setup: Setup, variants: Sequence[Variant]) -> list[dict[str, 
     return rows
 
 
+def maps_a_step(rows: Sequence[dict[str, Any]], setup: Setup) -> float:
+    """By how many hidden maps (one of every level together) the peak less gradients rises with every step a level."""
+    config = setup.config
+    pixels = sum((config.size // 2**level) ** 2 for level in range(1, config.levels + 1))
+    hidden = 4 * setup.batch * config.width * pixels / MIB
+    points = [(row["K"], row["peak_mib"] - row["gradients_mib"]) for row in rows]
+    if len(points) < 2:
+        return float("nan")
+    return statistics.linear_regression(*zip(*points, strict=True)).slope / hidden
+
+
 def _memory_of(setup: Setup, variant: Variant) -> dict[str, float]:
     if not setup.cuda:
         # Blocks above 64 KiB go straight back to the system: glibc would keep freed ones in a heap that fragments (a
         # checkpointed step then looks up to three times as large), and the peak is to say what a step needs.
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     workload = Workload(setup, [variant])
-    trained = workload.plain if variant.plain else workload.glow
-    assert trained is not None
+    trained = workload.models()[-1]
     gradients = sum(p.numel() * p.element_size() for p in trained.parameters())
     saved = workload.saved_bytes(variant)
     workload.step(variant)  # loads what libraries load once

@@ -22,7 +22,7 @@ from glow import GlowConfig
 from pipeline.errors import ConfigError
 from pipeline.storage import canonical_json, sha256_hex
 
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 """Raised by hand when the same configuration would learn something else; part of every fingerprint."""
 
 STRICT = {"extra": "forbid"}
@@ -82,8 +82,13 @@ class MemoryConfig:
     """What backward keeps and what it recovers by inverting."""
 
     __pydantic_config__ = STRICT
-    anchor_every: tuple[int, ...] = (0,)
-    """Per level (the last value repeats): 0 stores everything, n keeps the stream every n steps, K inverts all."""
+    anchor_every: tuple[int, ...] | Literal["plan"] = (0,)
+    """Per level (the last value repeats): 0 stores everything, n keeps the stream every n steps, K inverts all; plan
+    takes the cheapest that fits."""
+    budget_gb: float = 0.0
+    """GB a plan may use for one leaf's backward; 0 takes what the device has free."""
+    nets: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the couplings' networks; the stream, norms, mixing, priors and log_det stay float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +202,7 @@ def write_config(config: TrainConfig) -> str:
 def decisive(config: TrainConfig, data_digest: str) -> dict[str, Any]:
     """All that decides what is learned, and nothing else, under flat names; `config.model` must be resolved.
 
-    Reduction, memory, cluster, names and places are left out: they may change between two attempts at one run.
+    Reduction, anchors, cluster, names and places are left out: they may change between two attempts at one run.
     """
     schedule = config.schedule
     return {
@@ -212,6 +217,7 @@ def decisive(config: TrainConfig, data_digest: str) -> dict[str, Any]:
         "schedule.init_images": schedule.init_images,
         "schedule.images": schedule.images if config.optim.decay == "cosine" else None,
         "seed": config.seed,
+        **({} if config.memory.nets == "float32" else {"memory.nets": config.memory.nets}),
     }
 
 
@@ -228,6 +234,8 @@ def refuse_impossible(config: TrainConfig) -> None:
         (min(schedule.batch, schedule.leaf) < 1, "schedule.batch and schedule.leaf count images", "1 or more"),
         (schedule.batch % max(schedule.leaf, 1) != 0, f"schedule.leaf {schedule.leaf} does not divide schedule.batch "
          f"{schedule.batch}", "every batch is cut into whole leaves"),
+        (config.memory.anchor_every != "plan" and min(config.memory.anchor_every, default=-1) < 0,
+         f"memory.anchor_every is {config.memory.anchor_every}", "one number a level, 0 or more, or plan"),
         (schedule.images < 1, f"schedule.images is {schedule.images}", "1 or more"),
         (min(schedule.status_every, schedule.checkpoint_every, config.evaluate.every) < 1,
          "an interval of 0 images never comes round", "every ..._every is 1 or more"),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glow import Glow, bits_per_dim, dequantize, keyed_uniform, sample_keys
+from pipeline.anchors import Anchors, nets_dtype
 from pipeline.config import TrainConfig
 from pipeline.gradients import Gradients
 from pipeline.manifest import Manifest
@@ -69,13 +70,13 @@ class Learner:
     def __init__(self, config: TrainConfig, world: World, examples: Examples) -> None:
         self.config, self.world, self._examples = config, world, examples
         self.model = build_model(config).to(world.device)
-        self.model.set_anchors(config.memory.anchor_every)
         parameters = list(self.model.parameters())
         schedule = config.schedule
         self._gradients = Gradients(parameters, world, schedule.batch // schedule.leaf, schedule.reduction)
         self.optimizer = make_optimizer(parameters, config.optim)
         self.ema = Ema(self.model, config.optim.ema_halflife, schedule.batch)
         self.guard = Guard(config.optim)
+        self.anchors = Anchors(config, self.model, world)
         self.images, self.step = 0, 0
         self.means = Means()
         self._losses: list[Tensor] = []
@@ -137,7 +138,9 @@ class Learner:
         start = (leaf - self._gradients.own.start) * size
         x, label, attributes = self._examples.of(batch, self.config.seed, slice(start, start + size))
         bits, dims = self.config.data.bits, self.model.dims
-        terms = self.model.bound(x, bits, label, attributes)
+        nets = nets_dtype(self.config)
+        with torch.autocast(x.device.type, nets, enabled=nets != torch.float32):
+            terms = self.model.bound(x, bits, label, attributes)
         loss = bits_per_dim(terms.log_prob, dims, bits)
         self._losses.append(loss.detach())
         per_dim = -1 / (dims * math.log(2))
@@ -158,11 +161,11 @@ class Learner:
 
     def figures(self) -> dict[str, float]:
         """Means since the last call over all workers; collective."""
-        error = self.model.inversion_error()
-        own = self.means.take() | ({} if error is None else {"train/inversion_error": float(error)})
+        own = self.means.take()
         names = sorted(own)
         table = gather_ordered(self.world, torch.tensor([[own[name] for name in names]], dtype=torch.float64))
-        return dict(zip(names, table.mean(0).tolist(), strict=True)) | {"ft/skipped": float(self.guard.skipped)}
+        means = dict(zip(names, table.mean(0).tolist(), strict=True))
+        return means | self.anchors.figures() | {"ft/skipped": float(self.guard.skipped)}
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything large a checkpoint keeps: weights, averaged weights, optimiser moments."""
@@ -175,7 +178,8 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything small a checkpoint keeps."""
-        return {"images": self.images, "step": self.step, "guard": self.guard.state_dict()}
+        own = {"guard": self.guard.state_dict(), "anchors": self.anchors.state()}
+        return {"images": self.images, "step": self.step, **own}
 
     def restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Continue exactly where `tensors()` and `state()` were taken."""
@@ -183,6 +187,7 @@ class Learner:
         self.ema.load_state_dict(_below(tensors, "ema/"))
         load_optimizer_tensors(self.optimizer, self.model, _below(tensors, "optim/"))
         self.guard.load_state_dict(state["guard"])
+        self.anchors.restore(state["anchors"])
         self.images, self.step = state["images"], state["step"]
 
 

@@ -142,6 +142,7 @@ def train(
         else:
             learner.restore(loaded.tensors, loaded.state)
             tracker.event("resumed", images=learner.images)
+        tell(learner, tracker)
         pace = Pace(learner.images, schedule.images)
         end = schedule.images + -schedule.images % schedule.batch
         for batch in pace.timed(stream.batches(learner.images, schedule.batch, learner.rows, stop=end)):
@@ -155,6 +156,7 @@ def train(
             if speaking:
                 fresh = learner.figures() | pace.figures(learner.images) | stream.figures()
                 tracker.log(learner.images, fresh)
+                tell(learner, tracker)
                 figures |= fresh
             if last or due(learner.images, config.evaluate.every, schedule.batch):
                 figures |= look(learner, examples, unseen, tracker)
@@ -171,6 +173,12 @@ def train(
                 raise Interrupted(f"stopped after a checkpoint at {learner.images} images", where=folder.url, cure=cure)
     tracker.close()
     return {"images": float(learner.images)} | figures
+
+
+def tell(learner: Learner, tracker: Tracker) -> None:
+    """Record what happened to the run's anchors since the last call."""
+    while learner.anchors.news:
+        tracker.event("anchors", text=learner.anchors.news.pop(0), anchor_every=list(learner.anchors.anchor_every))
 
 
 def due(images: int, every: int, batch: int) -> bool:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glow import ActNorm, Chain, DenseMixing, Glow, GlowConfig
+from glow import ActNorm, Bijection, Chain, DenseMixing, Glow, GlowConfig
 from glow.conditioner import ConvConditioner
 from tests.glow.table import ROWS, Row, perturbed
-from tests.glow.test_gradients import gradients, objective, stack, worst
+from tests.glow.test_gradients import distance, gradients, objective, stack, worst
 
 STEPS = (2, 8, 32)
 
@@ -310,3 +310,73 @@ def test_a_model_without_inversion_reports_no_error() -> None:
     glow.set_anchors([2])
     glow.log_prob(torch.zeros(1, 1, 4, 4)).sum().backward()
     assert glow.inversion_error() is not None
+
+
+class Noisy(nn.Module):
+    """A conditioner that drops half of what another says."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        return nn.functional.dropout(self.inner(x, condition))
+
+
+def noisy_stack(steps: int) -> Chain:
+    chain = stack(steps)
+    for step in chain:
+        step.coupling.conditioner = Noisy(step.coupling.conditioner)
+    return chain
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("every", [1, 2, 4])
+@pytest.mark.parametrize("device", DEVICES)
+def test_random_numbers_of_forward_are_drawn_again_in_backward(every: int, device: str) -> None:
+    """Those of the device's generator and of the CPU's, which go on as after plain autograd."""
+    chain = noisy_stack(4).to(device)
+    parameters = list(chain.parameters())
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64).to(device)
+
+    def seeded(anchor_every: int) -> tuple[list[Tensor], Tensor, Tensor]:
+        chain.anchor_every = anchor_every
+        torch.manual_seed(7)
+        y, log_det = chain(x)
+        found = torch.autograd.grad(y.square().sum() + log_det.sum(), parameters, allow_unused=True)
+        return [g for g in found if g is not None], torch.rand(3), torch.rand(3, device=device)
+
+    wanted, *following = seeded(0)
+    found, *after = seeded(every)
+    assert worst(found, wanted) < 1e-8
+    assert all(torch.equal(a, b) for a, b in zip(following, after, strict=True))
+
+
+def test_a_bijection_that_draws_in_both_directions_is_inverted_with_the_same_draws() -> None:
+    class Shaken(Bijection):
+        """Adds what the generator says."""
+
+        def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            return x + torch.rand_like(x), x.new_zeros(len(x))
+
+        def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
+            return y - torch.rand_like(y)
+
+    chain = Chain(ActNorm(4), Shaken(), ActNorm(4)).double()
+    chain.anchor_every = 3
+    objective(*chain(torch.randn(2, 4, 4, 4, dtype=torch.float64))).backward()
+    assert chain.inversion_error is not None
+    assert chain.inversion_error < 1e-12
+
+
+def test_backward_inside_another_autocast_computes_as_forward_did() -> None:
+    chain = perturbed(stack(4, torch.float32))
+    x = torch.randn(2, 4, 4, 4)
+    wanted = gradients(chain, x, None)
+    chain.anchor_every = 4
+    loss = objective(*chain(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(loss, list(chain.parameters()))
+    assert distance(found, wanted[1:]) < 1e-4

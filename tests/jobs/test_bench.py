@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from jobs import bench
+from jobs.workload import peak_tflops
 
 SMALL = ["--size", "8", "--levels", "1", "--steps", "8", "--width", "8", "--batch", "2"]
 
@@ -37,6 +39,60 @@ def test_memory_takes_a_fresh_process_a_row(capsys: pytest.CaptureFixture[str]) 
     assert rows["plain"]["peak_mib"] > 0.7 * rows["plain"]["saved_mib"]
 
 
+def test_pure_inversion_needs_one_step_however_deep(capsys: pytest.CaptureFixture[str]) -> None:
+    """Peak resident size in fresh processes: at most 6 hidden maps beside what is saved, at any depth."""
+    shape = ["--size", "128", "--levels", "1", "--width", "64", "--batch", "4", "--coupling", "affine"]
+    assert bench.main(["depth", *shape, "--depths", "4,20", "--rows", "ours", "--anchors", "K", "--json"]) == 0
+    hidden = 4 * 64 * 64**2 * 4 / 2**20
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        assert row["maps_a_step"] < 0.05
+        assert row["peak_mib"] - row["gradients_mib"] - row["saved_mib"] < 6 * hidden
+
+
+def test_bfloat16_rows_are_measured_beside_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = "plain,plain-bfloat16,ours-bfloat16"
+    rows = run_json(capsys, "step", *SMALL, "--rounds", "1", "--rows", asked, "--anchors", "0")
+    assert list(rows) == ["plain", "plain, bfloat16 channels_last", "ours, anchor 0, bfloat16 nets"]
+    assert rows["ours, anchor 0, bfloat16 nets"]["saved_mib"] < rows["plain"]["saved_mib"]
+
+
+@pytest.mark.nightly
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_the_compiled_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = run_json(capsys, "step", *SMALL, "--rounds", "1", "--rows", "plain,compiled")
+    assert list(rows) == ["plain", "plain, compiled"]
+
+
+@pytest.mark.nightly
+def test_an_image_of_1024_pixels_trains(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--size", "1024", "--levels", "7", "--steps", "8", "--width", "64", "--batch", "1", "--coupling", "affine"]
+    rows = run_json(capsys, "memory", *shape, "--rows", "ours", "--anchors", "K")
+    assert rows["ours, anchor 8 (K)"]["peak_mib"] < 1024
+
+
+def test_drift_has_a_row_a_stack_precision_and_anchor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["drift", "--depths", "8", "--training", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 2 * 2 * 3
+    errors = {(row["coupling"], row["nets"], row["n"]): row for row in rows}
+    assert errors["additive", "float32", 8]["round_trip"] < 1e-4
+    assert errors["affine", "bfloat16", 8]["round_trip"] > errors["affine", "float32", 8]["round_trip"]
+
+
+def test_log_determinants_are_timed_fitted_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    picture = tmp_path / "logdet.png"
+    arguments = ["--channels", "96,384", "--rounds", "1", "--plot", str(picture)]
+    assert bench.main(["logdet", *arguments]) == 0
+    assert "exponent from 96" in capsys.readouterr().out
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_peaks_are_looked_up_by_the_longest_name() -> None:
+    assert peak_tflops("NVIDIA H100 80GB HBM3", True) == 989
+    assert peak_tflops("NVIDIA H100 PCIe", True) == 756
+    assert peak_tflops("Some Other GPU", False) is None
+
+
 def test_the_table_is_aligned(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(["step", *SMALL, "--rounds", "1", "--anchors", "K"]) == 0
     headline, *lines = capsys.readouterr().out.splitlines()
@@ -63,6 +119,7 @@ def test_a_dry_run_measures_nothing(capsys: pytest.CaptureFixture[str], command:
         (["--batch", "0"], "1 or more"),
         (["--rounds", "0"], "1 or more"),
         (["--coupling", "cubic"], "additive or affine"),
+        (["--rows", "plain,ours-int8"], "not 'ours-int8'"),
     ],
 )
 def test_flags_that_make_no_sense(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
@@ -75,7 +132,8 @@ def test_flags_that_make_no_sense(capsys: pytest.CaptureFixture[str], arguments:
 def test_it_needs_torch_alone() -> None:
     script = f"""if True:
         import sys
-        for name in ("ray", "mlflow", "tyro", "webdataset", "fsspec", "s3fs", "pydantic", "rich", "pipeline"):
+        names = "ray mlflow tyro webdataset fsspec s3fs pydantic rich matplotlib pipeline"
+        for name in names.split():
             sys.modules[name] = None  # importing it fails
         from jobs.bench import main
         sys.exit(main(["step", *{SMALL}, "--rounds", "1"]))
