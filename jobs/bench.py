@@ -196,7 +196,8 @@ def setup_of(options: argparse.Namespace) -> Setup:
 
 def describe(setup: Setup) -> dict[str, Any]:
     """What is measured on what, as JSON."""
-    name = torch.cuda.get_device_name(setup.device) if setup.cuda else platform.machine()
+    seen = setup.cuda and torch.cuda.is_available()
+    name = torch.cuda.get_device_name(setup.device) if seen else platform.machine()
     return {**asdict(setup), "device_name": name, "torch": torch.__version__}
 
 
