@@ -15,8 +15,11 @@ import os
 import random
 import secrets
 import shutil
+import ssl
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,6 +33,9 @@ Keys = list[str]
 
 ATTEMPTS = 3
 """Tries of one S3 operation here, on top of the client's own retries of single requests."""
+
+GREETING_SECONDS, GREETINGS = 2.5, 2
+"""How long, and how often, a process that first turns to an S3 server waits for anybody to be there."""
 
 
 class MissingError(DataError):
@@ -397,12 +403,48 @@ def _connect(process: int, endpoint: str) -> _Connection:
     }
     connection, session = _Connection(), AioSession()
     session.register("response-received.s3", connection.heard)
-    filesystem = s3fs.S3FileSystem(
+    filesystem: Any = s3fs.S3FileSystem(
         skip_instance_cache=True, use_listings_cache=False, config_kwargs=config, session=session
     )
     filesystem.retries = 1  # the client below repeats requests, `_retried` above whole operations
+    try:
+        filesystem.connect()
+    except ValueError as error:
+        raise ConfigError(str(error), cure="AWS_ENDPOINT_URL is like https://host:port") from error
+    _greet(filesystem.s3.meta.endpoint_url)
     connection.filesystem = filesystem
     return connection
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Where a server sends us is none of a greeting's business."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _greet(endpoint: str) -> None:
+    """RemoteError within seconds where nobody listens: an address that never answered is rather wrong than busy.
+
+    Whatever else may be amiss is left to the first operation and to the patience it has.
+    """
+    request, opener = urllib.request.Request(endpoint, method="HEAD"), urllib.request.build_opener(_Stay)
+    for left in reversed(range(GREETINGS)):
+        try:
+            opener.open(request, timeout=GREETING_SECONDS).close()
+        except urllib.error.HTTPError:
+            return
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, (ConnectionResetError, ssl.SSLError)):
+                return
+            if left == 0:
+                raise RemoteError("no S3 server answers", where=endpoint,
+                                  cure="start it, or correct AWS_ENDPOINT_URL") from error  # fmt: skip
+            time.sleep(1)
+        except OSError:
+            return
+        else:
+            return
 
 
 def _write_durably(path: Path, data: bytes) -> None:

@@ -116,19 +116,22 @@ def stop(job: Job, /, address: Address = "") -> int:
     return 0
 
 
-def doctor(address: Address = "", storage: str = "", uri: str = "") -> int:
-    """Say what is well and what is not, one line a thing, each with its cure; exits as the first that is not.
+def doctor(address: Address = "", storage: str = "", uri: str = "", here: bool = False) -> int:
+    """Say what is well and what is not, here, on the head and on every node; one line a thing, each with its cure.
+
+    Exits with 0 where all is well, else with the code of the first line that is BAD.
 
     Args:
         address: The cluster's job server; empty takes RAY_API_SERVER_ADDRESS.
         storage: Prefix to write to and read from; empty takes GLOW_STORAGE.
         uri: MLflow address; empty takes MLFLOW_TRACKING_URI.
+        here: Look at this machine alone.
     """
     from jobs.cluster.doctor import findings
 
     storage = storage or os.environ.get("GLOW_STORAGE", "")
     code = 0
-    for finding in findings(address, storage, uri or os.environ.get("MLFLOW_TRACKING_URI", "")):
+    for finding in findings(address, storage, uri or os.environ.get("MLFLOW_TRACKING_URI", ""), here):
         print(finding, flush=True)
         code = code or finding.code
     return code

@@ -48,7 +48,7 @@ class Client:
 
             with translated(self.address):
                 self._connected = JobSubmissionClient(self.address, headers=_bearer(self._token))
-            for name in ("ray", "ray.dashboard"):
+            for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
                 logging.getLogger(name).setLevel(logging.ERROR)  # what it says of packages and sockets is no news
         return self._connected
 

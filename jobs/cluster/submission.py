@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,8 +66,7 @@ def prepared(config: TrainConfig) -> TrainConfig:
         raise ConfigError("cluster.workers is 0", cure="--cluster.workers 2, or as many as there are nodes")
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI", "")
     for name, address in (("tracking.uri", uri), ("storage", config.storage), ("data.prefix", config.data.prefix)):
-        if re.search(r"://[^/\s]*@", address):
-            raise ConfigError(f"{name} holds a password", cure="leave it to the nodes' environment")
+        refuse_password(name, address)
     for name, address in (("storage", config.storage), ("data.prefix", config.data.prefix)):
         if not address.startswith("s3://"):
             raise ConfigError(f"{name} is {address!r}, which the nodes may not see", cure="an s3:// prefix")
@@ -79,9 +79,31 @@ def prepared(config: TrainConfig) -> TrainConfig:
     )
 
 
+def refuse_password(name: str, address: str) -> None:
+    """ConfigError for an address that says who we are: it would be read by everybody who sees the job."""
+    if re.search(r"://[^/\s]*@", address):
+        raise ConfigError(f"{name} holds a password", cure="leave it to the nodes' environment")
+
+
 def pack(folder: Path) -> str:
-    """Copy the packages as they are installed; the sha256 of all they are made of, by name and content."""
+    """Copy the packages as they are installed; their digest."""
+    for name, path in _sources():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    return digest()
+
+
+def digest() -> str:
+    """The sha256 of all the packages are made of, by name and content, as they are installed here."""
     listing = hashlib.sha256()
+    for name, path in _sources():
+        listing.update(f"{name.as_posix()} {sha256_file(path)}\n".encode())
+    return listing.hexdigest()
+
+
+def _sources() -> Iterator[tuple[Path, Path]]:
+    """(name in the package, file) of all code and data, in order."""
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None, package
@@ -89,13 +111,8 @@ def pack(folder: Path) -> str:
         root = Path(spec.submodule_search_locations[0])
         for path in sorted(root.rglob("*")):
             name = Path(package, path.relative_to(root))
-            if not path.is_file() or "__pycache__" in name.parts or any(part.startswith(".") for part in name.parts):
-                continue
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-            listing.update(f"{name.as_posix()} {sha256_file(path)}\n".encode())
-    return listing.hexdigest()
+            if path.is_file() and "__pycache__" not in name.parts and not any(p.startswith(".") for p in name.parts):
+                yield name, path
 
 
 def claim(run: Storage, name: str, record: dict[str, str]) -> str:

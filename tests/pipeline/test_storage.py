@@ -205,7 +205,7 @@ open_storage("s3://tests/refused").read("key")
 
 @pytest.mark.parametrize(
     ("variable", "message"),
-    [("AWS_SECRET_ACCESS_KEY", "access refused"), ("AWS_ENDPOINT_URL", "no success in 3 attempts")],
+    [("AWS_SECRET_ACCESS_KEY", "access refused"), ("AWS_ENDPOINT_URL", "no S3 server answers")],
 )
 def test_refusals_never_tell_a_secret(s3: str, variable: str, message: str) -> None:
     environment = dict(os.environ) | {variable: {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}.get(variable, "hunter2")}
