@@ -60,7 +60,7 @@ def places(running: RunningStack) -> Iterator[tuple[str, bytes]]:
     stack = running.stack
     yield from dashboard(stack)
     yield "database mlflow", dump(stack)
-    for log in (*stack.logs.rglob("*"), *stack.scratch.glob("ray/t/session_2*/**/*")):
+    for log in (*stack.logs.rglob("*"), *stack.scratch.glob("ray/*/session_2*/**/*")):
         if log.is_file() and not log.is_symlink():
             yield f"files {log}", log.read_bytes()
     for process in belonging(stack.state.processes.values(), stack.state.mark):

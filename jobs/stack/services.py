@@ -216,8 +216,6 @@ def _ray_node(stack: Stack, name: str, extra: Sequence[str]) -> Process:
         **ENVIRONMENT,
         # A broken node is gone after seconds, not half a minute.
         "RAY_health_check_failure_threshold": "3",
-        # A node that is slow to register ends; after 30 s, were it not for this.
-        "RAY_raylet_start_wait_time_s": str(START_SECONDS),
     }
     # Nodes of one folder that start at the same time choose the same names for their sockets, and one dies of it.
     place = f"--temp-dir={ray_folder(stack, name)}"
