@@ -216,6 +216,14 @@ def refuse_silent(uri: str) -> None:
         raise RemoteError(f"MLflow does not answer ({type(error).__name__})", where=redact(uri), cure=cure) from error
 
 
+PLAIN = (
+    # what MLflow says         what it means                what to do
+    ("Max retries exceeded", "MLflow does not answer", "start it, or correct MLFLOW_TRACKING_URI"),
+    ("error code 401", "MLflow does not let us in", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+)  # fmt: skip
+"""Messages that are pages of machinery around one fact."""
+
+
 @contextlib.contextmanager
 def translated(uri: str) -> Iterator[None]:
     """Turn MLflow's exceptions into ours: what does not exist is a usage error, the rest a remote one."""
@@ -227,4 +235,7 @@ def translated(uri: str) -> Iterator[None]:
         message = redact(str(error)).splitlines()[0][:300]
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             raise UsageError(message, where=redact(uri)) from error
+        for sign, what, cure in PLAIN:
+            if sign in message:
+                raise RemoteError(what, where=redact(uri), cure=cure) from error
         raise RemoteError(message, where=redact(uri), cure="check the MLflow address and server") from error

@@ -122,3 +122,18 @@ def test_a_dead_store_ends_a_submission_in_a_line(stack: RunningStack) -> None:
     words = ["cluster", "submit", "toy32", "--storage", "s3://glow/runs", "--data.prefix", "s3://glow/faces"]
     refused = stack.jobs(*words, "--cluster.workers", "2", check=7, AWS_ENDPOINT_URL=DEAD).stderr
     assert refused == f"error: {DEAD}: no S3 server answers; start it, or correct AWS_ENDPOINT_URL\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"MLFLOW_TRACKING_URI": DEAD}, f"{DEAD}: MLflow does not answer; start it, or correct MLFLOW_TRACKING_URI"),
+        ({"MLFLOW_TRACKING_PASSWORD": "wrong"}, "MLflow does not let us in; set MLFLOW_TRACKING_USERNAME and MLFLOW_"),
+    ],
+)
+def test_an_mlflow_that_is_down_or_locked_ends_a_promotion_in_a_line(
+    stack: RunningStack, change: dict[str, str], said: str
+) -> None:
+    refused = stack.jobs("models", "promote", "faces", "1", check=7, **change).stderr
+    assert said in refused
+    assert refused.count("\n") == 1
