@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -62,10 +63,17 @@ def places(running: RunningStack) -> Iterator[tuple[str, bytes]]:
     yield "database mlflow", dump(stack)
     for log in (*stack.logs.rglob("*"), *stack.scratch.glob("ray/*/session_2*/**/*")):
         if log.is_file() and not log.is_symlink():
-            yield f"files {log}", log.read_bytes()
+            yield f"files {log}", read(log)
     for process in belonging(stack.state.processes.values(), stack.state.mark):
-        yield f"commands {process.pid}", Path(f"/proc/{process.pid}/cmdline").read_bytes() if process.alive else b""
+        yield f"commands {process.pid}", read(Path(f"/proc/{process.pid}/cmdline"))
     yield from bucket(running)
+
+
+def read(path: Path) -> bytes:
+    """A file, empty where it has gone meanwhile: what is searched is at work."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return path.read_bytes()
+    return b""
 
 
 def dashboard(stack: Stack) -> Iterator[tuple[str, bytes]]:
