@@ -25,12 +25,14 @@ from glow.latents import (
 )
 from glow.memory import anchored
 from glow.mixing import DenseMixing, LUMixing, NormedMixing, PermutationMixing
-from glow.norm import ActNorm
+from glow.norm import ActNorm, BatchNorm
 from glow.prior import SplitPrior, TopPrior
-from glow.shape import Squeeze
+from glow.realnvp import NormedCoupling
+from glow.shape import Logit, OrderedSqueeze, Relayout, Squeeze
 
 __all__ = [
     "ActNorm",
+    "BatchNorm",
     "Bijection",
     "Chain",
     "Coupling",
@@ -40,8 +42,12 @@ __all__ = [
     "GlowConfig",
     "LUMixing",
     "LogProb",
+    "Logit",
+    "NormedCoupling",
     "NormedMixing",
+    "OrderedSqueeze",
     "PermutationMixing",
+    "Relayout",
     "SplitPrior",
     "Squeeze",
     "TopPrior",

@@ -52,7 +52,11 @@ class Bijection(nn.Module):
         """Bijections that, applied in order, are this one: the units inversion in backward works on."""
         return (self,)
 
-    def recompute(self, y: Tensor, condition: Tensor | None = None) -> Recomputed:
+    def kept(self) -> Tensor | None:
+        """What `recompute` needs beside the output, read right after forward: batch moments, or nothing."""
+        return None
+
+    def recompute(self, y: Tensor, condition: Tensor | None = None, kept: Tensor | None = None) -> Recomputed:
         """Recover x from y and run forward again under autograd (see `glow.memory`)."""
         with torch.no_grad(), same_draws(y.device):
             x = self.inverse(y, condition)

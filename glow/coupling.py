@@ -84,7 +84,7 @@ class Coupling(Bijection):
         y1, y2 = y.chunk(2, dim=1)
         return torch.cat([y1, _moved_back(y2, *self.shift_and_log_scale(y1, condition))], dim=1)
 
-    def recompute(self, y: Tensor, condition: Tensor | None = None) -> Recomputed:
+    def recompute(self, y: Tensor, condition: Tensor | None = None, kept: Tensor | None = None) -> Recomputed:
         """One conditioner evaluation serves the inverse and the gradient."""
         y1, y2 = y.chunk(2, dim=1)
         x1 = y1.detach().requires_grad_()

@@ -96,22 +96,20 @@ class _Link(torch.autograd.Function):
         condition: Tensor | None,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        y, term, draws = _applied(member, x, condition)
+        y, term, kept, draws = _applied(member, x, condition)
         ctx.tape, ctx.member, ctx.place = tape, member, place
         ctx.versions = tuple(p._version for p in trained)
         ctx.autocast = _autocast_of(x)
-        ctx.drew = tuple(draw is not None for draw in draws)
-        states = [draw for draw in draws if draw is not None]
-        ctx.save_for_backward(*([y, condition] if place.keep else ()), *([x] if place.first else ()), *states)
+        ctx.save_for_backward(*kept, *draws, *([y, condition] if place.keep else ()), *([x] if place.first else ()))
         return y, log_det + term
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad_y, grad_log_det = grad_outputs
-        tape, kept = ctx.tape, ctx.saved_tensors
-        saved, states = kept[: len(kept) - sum(ctx.drew)], iter(kept[len(kept) - sum(ctx.drew) :])
-        draws = [next(states) if drew else None for drew in ctx.drew]
+        tape, parts, everything = ctx.tape, part_list(ctx.member), ctx.saved_tensors
+        count = len(parts)
+        kept, draws, saved = everything[:count], everything[count : 2 * count], everything[2 * count :]
         trained = [p for p in ctx.member.parameters() if p.requires_grad]
         if ctx.versions != tuple(p._version for p in trained):
             raise RuntimeError("a parameter changed between forward and backward: its step can no longer be inverted")
@@ -122,7 +120,7 @@ class _Link(torch.autograd.Function):
             tape.state, tape.condition = saved[0], saved[1]
         with _restored(ctx.autocast), tape.inverses.lent():
             tape.state, grad_x, grad_condition, found = _pull_back(
-                ctx.member, draws, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[5]
+                parts, kept, draws, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[5]
             )
         if ctx.place.first:
             tape.finish(saved[-1])
@@ -131,20 +129,23 @@ class _Link(torch.autograd.Function):
 
 def _applied(
     member: Bijection, x: Tensor, condition: Tensor | None
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """(y, log_det) of a member's parts in order, and the generators' state before every part that drew from them."""
+) -> tuple[Tensor, Tensor, list[Tensor | None], list[Tensor | None]]:
+    """(y, log_det) of a member's parts in order, what each keeps, and the generators' state before each that drew."""
     log_det = x.new_zeros(x.shape[0])
+    kept: list[Tensor | None] = []
     draws: list[Tensor | None] = []
     for part in part_list(member):
         before = _random_state(x.device)
         x, term = part(x, condition)
+        kept.append(part.kept())
         draws.append(None if torch.equal(before, _random_state(x.device)) else before)
         log_det = log_det + term
-    return x, log_det, draws
+    return x, log_det, kept, draws
 
 
 def _pull_back(
-    member: Bijection,
+    parts: Sequence[Bijection],
+    kept: Sequence[Tensor | None],
     draws: Sequence[Tensor | None],
     y: Tensor,
     condition: Tensor | None,
@@ -156,10 +157,10 @@ def _pull_back(
     found: dict[int, Tensor | None] = {}
     grad_condition: Tensor | None = None
     leaf = condition.detach().requires_grad_() if wants_condition and condition is not None else condition
-    for part, draw in zip(reversed(part_list(member)), reversed(draws), strict=True):
+    for part, memo, draw in zip(reversed(parts), reversed(kept), reversed(draws), strict=True):
         trained = [p for p in part.parameters() if p.requires_grad]
         with torch.enable_grad(), _drawing_from(draw, y.device):
-            leaves, again, log_det = part.recompute(y, leaf)
+            leaves, again, log_det = part.recompute(y, leaf, memo)
         inputs = [*leaves, *trained, *([leaf] if wants_condition and leaf is not None else [])]
         outputs = [(o, g) for o, g in ((again, grad_y), (log_det, grad_log_det)) if o.requires_grad]
         found_here = torch.autograd.grad([o for o, _ in outputs], inputs, [g for _, g in outputs], allow_unused=True)

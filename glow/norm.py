@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glow.bijection import Bijection, Gather
+from glow.bijection import Bijection, Gather, Recomputed
 
 LOG_SCALE_FACTOR = 3.0
 """Learned log scales are stored divided by this, as released with Glow: they then move three times as fast."""
@@ -70,3 +71,89 @@ class ActNorm(Bijection):
     def initialize(self, xs: Sequence[Tensor], conditions: Sequence[Tensor | None], gather: Gather) -> list[Tensor]:
         self.set_from(xs, gather)
         return super().initialize(xs, conditions, gather)
+
+
+BATCH_NORM_EPS = 1e-4
+"""Added to every variance, as released with RealNVP."""
+
+BATCH_NORM_DECAY = 0.1
+"""Share of the running moments that a step replaces, as released with RealNVP."""
+
+
+class BatchNorm(Bijection):
+    """y = (x - mean) / sqrt(var + eps); log_det = -1/2 sum log(var + eps) over all values (RealNVP, section 3.7).
+
+    In training the moments are those of the leaf, the microbatch at hand, and gradients pass through them. Evaluation
+    and `inverse` use the running ones, which move in `absorb` alone: forward only leaves its moments in `last`. So
+    forward may run again in backward, and a batch of many leaves on many workers is absorbed once.
+
+    The input may hold several phases of the same channels side by side, [b, p c, h, w]. `zeros` counts as many zeros as
+    there are values into the moments of a leaf: in checkerboard couplings, as released, the fields that stay.
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, channels: int, zeros: bool = False) -> None:
+        super().__init__()
+        self.zeros = zeros
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+        self.last: Tensor | None = None
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Mean and (biased) variance to normalise x by, [2, c]."""
+        if not self.training:
+            return torch.stack([self.mean, self.var])
+        var, mean = torch.var_mean(x.unflatten(1, (-1, len(self.mean))), (0, 1, 3, 4), correction=0)
+        if self.zeros:
+            mean, var = mean / 2, var / 2 + mean.square() / 4
+        moments = torch.stack([mean, var])
+        self.last = moments.detach()
+        return moments
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        mean, var = self._like(x, self.moments(x))
+        log_std = 0.5 * (var + BATCH_NORM_EPS).log()
+        log_det = -x.shape[2] * x.shape[3] * log_std.sum()
+        return (x - mean) * torch.exp(-log_std), log_det.expand(x.shape[0])
+
+    def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.undone(y, None)
+
+    def undone(self, y: Tensor, moments: Tensor | None) -> Tensor:
+        """The x that forward took to y under these moments [2, c], the running ones where None are given."""
+        mean, var = self._like(y, torch.stack([self.mean, self.var]) if moments is None else moments)
+        return y * (var + BATCH_NORM_EPS).sqrt() + mean
+
+    def kept(self) -> Tensor | None:
+        return self.last if self.training else None
+
+    def recompute(self, y: Tensor, condition: Tensor | None = None, kept: Tensor | None = None) -> Recomputed:
+        leaf = self.undone(y.detach(), kept).requires_grad_()
+        return Recomputed((leaf,), *self.forward(leaf, condition))
+
+    @torch.no_grad()
+    def absorb(self, moments: Tensor, share: float = BATCH_NORM_DECAY) -> None:
+        """Move the running moments towards these, [2, c]."""
+        self.mean.lerp_(moments[0].to(self.mean), share)
+        self.var.lerp_(moments[1].to(self.var), share)
+
+    def _like(self, x: Tensor, moments: Tensor) -> Tensor:
+        """[2, c] -> [2, p c, 1, 1] for an x of p phases."""
+        return moments.repeat(1, x.shape[1] // moments.shape[1])[..., None, None]
+
+
+class NormedReLU(nn.Module):
+    """max(0, normalised x + bias), the norm of RealNVP's networks: a bias and no scale, as released."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm(channels)
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, c, h, w] -> [b, c, h, w]."""
+        mean, var = self.norm.moments(x)
+        scale = (var + BATCH_NORM_EPS).rsqrt()
+        return F.relu(x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None])

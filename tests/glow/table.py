@@ -11,15 +11,20 @@ from torch import Tensor, nn
 
 from glow import (
     ActNorm,
+    BatchNorm,
     Bijection,
     Chain,
     Coupling,
     DenseMixing,
     Glow,
     GlowConfig,
+    Logit,
     LUMixing,
+    NormedCoupling,
     NormedMixing,
+    OrderedSqueeze,
     PermutationMixing,
+    Relayout,
     SplitPrior,
     Squeeze,
     TopPrior,
@@ -27,6 +32,7 @@ from glow import (
 from glow.flow import Step
 from glow.mixing import MixingKind, make_mixing
 from glow.prior import GaussianPrior, standard_normal_log_prob
+from glow.residual import ChannelConditioner, FieldConditioner
 
 Module = TypeVar("Module", bound=nn.Module)
 Shape = tuple[int, int, int]
@@ -107,6 +113,11 @@ def half_moved(shape: Shape) -> Tensor:
     return allowed
 
 
+def other_half_moved(shape: Shape) -> Tensor:
+    """The second half of the channels stays and moves the first."""
+    return half_moved(shape).flip(0, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """A bijection to be proven: how to make it, on what, and what its Jacobian looks like."""
@@ -120,26 +131,33 @@ class Row:
     """Its Jacobian is a permutation matrix and its log_det exactly 0."""
     discrete: bool = False
     """Its condition begins with a label: there is no gradient for it."""
+    bounded: bool = False
+    """It maps the interval [-1/2, 1/2] alone."""
 
     def build(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> Bijection:
-        """The bijection with parameters away from their start, where half of them are 0."""
+        """The bijection as it is evaluated, with parameters away from their start, where half of them are 0."""
         torch.manual_seed(seed)
-        return perturbed(self.make()).to(dtype)
+        return perturbed(self.make()).to(dtype).eval()
 
     def inputs(self, batch: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:
         """(x, condition) of that batch size."""
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(batch, *self.shape, generator=generator, dtype=dtype)
+        draw = torch.rand if self.bounded else torch.randn
+        x = draw(batch, *self.shape, generator=generator, dtype=dtype) - 0.5 * self.bounded
         if not self.condition:
             return x, None
         return x, torch.randint(-1, 2, (batch, self.condition), generator=generator).to(dtype)
 
 
 def perturbed(module: Module, by: float = 0.1) -> Module:
-    """Move every parameter by a random amount: nothing stays at an initialisation that hides a mistake."""
+    """Move every parameter and running moment: nothing stays at an initialisation that hides a mistake."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter += by * torch.randn_like(parameter)
+        for norm in module.modules():
+            if isinstance(norm, BatchNorm):
+                norm.mean += by * torch.randn_like(norm.mean)
+                norm.var *= torch.exp(by * torch.randn_like(norm.var))
     return module
 
 
@@ -196,6 +214,38 @@ def _couplings() -> list[Row]:
     ]
 
 
+def field_coupling(channels: int, *, odd: bool = False, condition: int = 0) -> NormedCoupling:
+    """A small checkerboard coupling of RealNVP over 4 * channels of an ordered squeeze."""
+    conditioner = FieldConditioner(channels, 5, 1, condition, odd=odd)
+    return NormedCoupling(conditioner, BatchNorm(channels, zeros=True), 0.0, swapped=odd)
+
+
+def channel_coupling(channels: int, *, swapped: bool = False, condition: int = 0) -> NormedCoupling:
+    """A small channel coupling of RealNVP."""
+    conditioner = ChannelConditioner(channels // 2, 5, 1, condition)
+    return NormedCoupling(conditioner, BatchNorm(channels // 2), 1.0, swapped=swapped)
+
+
+def _normed_couplings() -> list[Row]:
+    makes: dict[str, tuple[Callable[..., Bijection], Pattern]] = {
+        "even fields": (lambda condition: field_coupling(1, condition=condition), half_moved),
+        "odd fields": (lambda condition: field_coupling(1, odd=True, condition=condition), other_half_moved),
+        "first channels": (lambda condition: channel_coupling(4, condition=condition), half_moved),
+        "last channels": (lambda condition: channel_coupling(4, swapped=True, condition=condition), other_half_moved),
+    }
+    return [
+        Row(
+            name=f"coupling by {name}{' conditioned' if condition else ''}",
+            make=lambda make=make, condition=condition: make(condition),
+            shape=(4, 2, 3),
+            condition=condition,
+            pattern=pattern,
+        )
+        for name, (make, pattern) in makes.items()
+        for condition in (0, 3)
+    ]
+
+
 def _priors() -> list[Row]:
     makes: dict[str, tuple[Callable[[int], GaussianPrior], Pattern]] = {
         "split": (lambda condition: SplitPrior(2, condition), half_moved),
@@ -244,7 +294,14 @@ ROWS: tuple[Row, ...] = (
     Row(name="actnorm", make=lambda: ActNorm(4), pattern=diagonal),
     *_mixings(),
     *_couplings(),
+    *_normed_couplings(),
+    Row(name="batch norm", make=lambda: BatchNorm(4), pattern=diagonal),
+    Row(name="batch norm of two phases", make=lambda: BatchNorm(2), pattern=diagonal),
     Row(name="squeeze", make=Squeeze, permutation=True),
+    Row(name="ordered squeeze", make=OrderedSqueeze, permutation=True),
+    Row(name="relayout", make=Relayout, permutation=True),
+    Row(name="relayout back", make=lambda: Relayout(back=True), permutation=True),
+    Row(name="logit", make=lambda: Logit(0.9), pattern=diagonal, bounded=True),
     *_priors(),
     Row(name="step", make=lambda: Step(4, step_config()), shape=(4, 2, 3)),
     Row(name="chain", make=lambda: Chain(Squeeze(), Step(8, step_config()), ActNorm(8)), shape=(2, 4, 4)),
