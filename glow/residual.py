@@ -1,4 +1,4 @@
-"""The network inside RealNVP's couplings (section 4.1 and released code): residual, batch-normalised, weight-normalised."""
+"""The network inside RealNVP's couplings (section 4.1, released code): residual, with batch and weight normalisation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ class NormedConv(nn.Module):
     As released: directions start uniform within sqrt(2 / channels), magnitudes at half the length that would have.
     """
 
-    def __init__(self, channels: int, out_channels: int, size: int, *, scaled: bool = True, biased: bool = True) -> None:
+    def __init__(
+        self, channels: int, out_channels: int, size: int, *, scaled: bool = True, biased: bool = True
+    ) -> None:
         super().__init__()
         bound = math.sqrt(2 / channels)
         start = torch.full((out_channels,), bound * math.sqrt(channels * size**2 / 12))

@@ -26,7 +26,7 @@ PHASES = ((0, 0), (1, 1), (0, 1), (1, 0))
 
 
 class OrderedSqueeze(Bijection):
-    """[b, c, h, w] -> [b, 4c, h/2, w/2], output channel c * phase + channel over `PHASES` (released code); a permutation.
+    """[b, c, h, w] -> [b, 4c, h/2, w/2], output channel c * phase + channel, as released; a permutation.
 
     The first half of its channels are the even fields of a checkerboard, the second half the odd ones: in this layout
     both of RealNVP's partitions (section 3.4) are halves of channels.
@@ -62,7 +62,7 @@ def relaid(x: Tensor, back: bool = False) -> Tensor:
 
 
 class Logit(Bijection):
-    """[-1/2, 1/2] -> logit(a + (1 - 2a) (x + 1/2)) with 1 - 2a = `constraint` (RealNVP, section 4.1; .9 as released)."""
+    """[-1/2, 1/2] -> logit(1/2 + constraint * x), each value by itself (RealNVP, section 4.1; .9 as released)."""
 
     def __init__(self, constraint: float) -> None:
         super().__init__()
