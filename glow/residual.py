@@ -1,4 +1,4 @@
-"""The network inside RealNVP's couplings (section 4.1, released code): residual, with batch and weight normalisation."""
+"""The network inside RealNVP's couplings (section 4.1, released code): residual, batch- and weight-normalised."""
 
 from __future__ import annotations
 
