@@ -105,7 +105,7 @@ class BatchNorm(Bijection):
         """Mean and (biased) variance to normalise x by, [2, c]."""
         if not self.training:
             return torch.stack([self.mean, self.var])
-        var, mean = torch.var_mean(x.unflatten(1, (-1, len(self.mean))), (0, 1, 3, 4), correction=0)
+        var, mean = torch.var_mean(x.reshape(len(x), -1, len(self.mean), *x.shape[2:]), (0, 1, 3, 4), correction=0)
         if self.zeros:
             mean, var = mean / 2, var / 2 + mean.square() / 4
         moments = torch.stack([mean, var])
