@@ -10,10 +10,10 @@ from glow.bits import (
     sample_keys,
     to_pixels,
 )
-from glow.config import GlowConfig
+from glow.config import FlowConfig, GlowConfig, RealNVPConfig
 from glow.coupling import Coupling
 from glow.dequantizer import Dequantizer
-from glow.flow import Glow, LogProb
+from glow.flow import Flow, Glow, LogProb
 from glow.latents import (
     attribute_directions,
     heat,
@@ -27,7 +27,7 @@ from glow.memory import anchored
 from glow.mixing import DenseMixing, LUMixing, NormedMixing, PermutationMixing
 from glow.norm import ActNorm, BatchNorm
 from glow.prior import SplitPrior, TopPrior
-from glow.realnvp import NormedCoupling
+from glow.realnvp import NormedCoupling, RealNVP, make_flow
 from glow.shape import Logit, OrderedSqueeze, Relayout, Squeeze
 
 __all__ = [
@@ -38,6 +38,8 @@ __all__ = [
     "Coupling",
     "DenseMixing",
     "Dequantizer",
+    "Flow",
+    "FlowConfig",
     "Glow",
     "GlowConfig",
     "LUMixing",
@@ -47,6 +49,8 @@ __all__ = [
     "NormedMixing",
     "OrderedSqueeze",
     "PermutationMixing",
+    "RealNVP",
+    "RealNVPConfig",
     "Relayout",
     "SplitPrior",
     "Squeeze",
@@ -61,6 +65,7 @@ __all__ = [
     "keyed_normal",
     "keyed_uniform",
     "latents_of_seeds",
+    "make_flow",
     "move",
     "project",
     "quantize",

@@ -1,4 +1,4 @@
-"""Everything that decides a Glow's parameters, every choice by name; defaults are the released code's (decision 1)."""
+"""Everything that decides a flow's parameters, every choice by name; defaults are the released code's (decision 1)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,11 @@ Dequantization = Literal["uniform", "variational"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlowConfig:
-    """A Glow. Where the paper (arXiv 1807.03039) differs from its released code, the option says so."""
+class FlowConfig:
+    """What both families have in common."""
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
-    later: ClassVar[tuple[str, ...]] = (
-        "clamp",
-        "border",
-        "learned_top",
-        "classifier_weight",
-        "dequantization",
-        "dequantizer_steps",
-        "dequantizer_width",
-    )
+    later: ClassVar[tuple[str, ...]] = ()
     """Settings that came later: left out of digests at their default, so that an equal model keeps its digest."""
 
     size: int = 0
@@ -33,21 +25,8 @@ class GlowConfig:
     """Image channels; 0 takes them from the data."""
     levels: int = 6
     """Levels (L): each halves the side, all but the last factor half of the channels out."""
-    steps: int = 32
-    """Steps of flow a level (K)."""
     width: int = 512
     """Hidden channels of the couplings' networks."""
-    coupling: CouplingKind = "affine"
-    """affine scales and shifts; additive shifts alone."""
-    clamp: Clamp = "sigmoid"
-    """Scale of affine couplings: sigmoid(s + 2) as released; two_sigmoid and soft_exp start at 1 and may grow. The
-    paper's exp(s) (table 1) is not offered unclamped."""
-    mixing: MixingKind = "lu"
-    """lu (section 3.2, equation 10) or dense (as released) 1x1 convolution; reverse and shuffle: figure 3."""
-    border: bool = True
-    """3x3 convolutions see a channel that marks the padding, as released; off: zero padding alone (section 3.3)."""
-    learned_top: bool = True
-    """The top prior is learned, as in every released command; off: N(0, 1) (equation 2), moved by conditions alone."""
     classes: int = 0
     """Class labels the model is conditioned on; 0 takes them from the data, -1 ignores them."""
     attributes: int = 0
@@ -79,12 +58,76 @@ class GlowConfig:
 
     def refuse_impossible(self) -> None:
         """ValueError for values no model can have."""
-        counts = (self.levels, self.steps, self.width, self.dequantizer_steps, self.dequantizer_width)
         if self.size <= 0 or self.channels <= 0:
             raise ValueError("size and channels must be given: 0 stands for 'from the data' in configurations alone")
-        if min(counts) < 1:
+        if min(self.levels, self.width, self.dequantizer_steps, self.dequantizer_width) < 1:
             raise ValueError("levels, steps and width must be 1 or more, the dequantizer's too")
         if self.size % 2**self.levels:
             raise ValueError(f"size {self.size} is not divisible by 2^{self.levels}: lower levels or resize")
         if self.classifier_weight < 0 or (self.classifier_weight > 0 and self.classes <= 0):
             raise ValueError(f"classifier_weight {self.classifier_weight:g} wants classes, and 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlowConfig(FlowConfig):
+    """A Glow. Where the paper (arXiv 1807.03039) differs from its released code, the option says so."""
+
+    later: ClassVar[tuple[str, ...]] = (
+        "family",
+        "clamp",
+        "border",
+        "learned_top",
+        "classifier_weight",
+        "dequantization",
+        "dequantizer_steps",
+        "dequantizer_width",
+    )
+    family: Literal["glow"] = "glow"
+    """The architecture: Kingma & Dhariwal 2018."""
+    steps: int = 32
+    """Steps of flow a level (K)."""
+    coupling: CouplingKind = "affine"
+    """affine scales and shifts; additive shifts alone."""
+    clamp: Clamp = "sigmoid"
+    """Scale of affine couplings: sigmoid(s + 2) as released; two_sigmoid and soft_exp start at 1 and may grow. The
+    paper's exp(s) (table 1) is not offered unclamped."""
+    mixing: MixingKind = "lu"
+    """lu (section 3.2, equation 10) or dense (as released) 1x1 convolution; reverse and shuffle: figure 3."""
+    border: bool = True
+    """3x3 convolutions see a channel that marks the padding, as released; off: zero padding alone (section 3.3)."""
+    learned_top: bool = True
+    """The top prior is learned, as in every released command; off: N(0, 1) (equation 2), moved by conditions alone."""
+
+    def refuse_impossible(self) -> None:
+        super().refuse_impossible()
+        if self.steps < 1:
+            raise ValueError("levels, steps and width must be 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RealNVPConfig(FlowConfig):
+    """A RealNVP. Where the paper (arXiv 1605.08803) differs from its released code, the option says so."""
+
+    family: Literal["realnvp"] = "realnvp"
+    """The architecture: Dinh et al. 2017."""
+    levels: int = 4
+    """Scales (L): the last sees 1 / 2^(L - 1) of the side; 4 at 32 px, 5 at 64 px, 2 for CIFAR-10 (section 4.1)."""
+    width: int = 32
+    """Hidden channels of the first checkerboard couplings' networks; every scale and channel couplings double them."""
+    residuals: int = 2
+    """Residuals of a coupling's network: 4 at 32 px, 2 at 64 px, 8 for CIFAR-10 (section 4.1)."""
+    constraint: float = 0.9
+    """Share of (0, 1) that pixels are squeezed into before the logit, .9 as released: alpha = .05 (section 4.1)."""
+    masked_moments: bool = True
+    """The norm after a checkerboard coupling counts the fields that stay as zeros, as released; off: not at all."""
+    prior: Literal["standard", "learned"] = "standard"
+    """N(0, 1), or as in Glow: learned from the half that goes on and, at the top, from the condition."""
+    condition_steps: bool = True
+    """Condition every coupling's network, where there is a condition."""
+
+    def refuse_impossible(self) -> None:
+        super().refuse_impossible()
+        if self.residuals < 1 or not 0 < self.constraint < 1:
+            raise ValueError("residuals must be 1 or more and constraint between 0 and 1")
+        if self.condition_size and not self.condition_steps and self.prior == "standard":
+            raise ValueError("a condition must enter: condition_steps, or a learned prior")

@@ -1,4 +1,4 @@
-"""Glow: a multi-scale flow over images with exact log-likelihood, exact latents and one-pass sampling."""
+"""Multi-scale flows over images: exact log-likelihood, exact latents, one-pass sampling; and the one that is Glow."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glow.bijection import Chain, Gather
-from glow.config import GlowConfig
+from glow.bijection import Bijection, Chain, Gather
+from glow.config import FlowConfig, GlowConfig
 from glow.coupling import Coupling
 from glow.dequantizer import Dequantizer
 from glow.mixing import NormedMixing, make_mixing
-from glow.norm import ActNorm
+from glow.norm import ActNorm, absorb_moments, leaf_moments
 from glow.prior import GaussianPrior, SplitPrior, TopPrior, zero_classifier
 from glow.shape import Squeeze
 
@@ -57,15 +57,11 @@ class Step(Chain):
 class Level(nn.Module):
     """Squeeze, steps of flow, and a split whose factored-out half has its own prior (Glow, figure 2b)."""
 
-    def __init__(self, channels: int, config: GlowConfig, last: bool) -> None:
+    def __init__(self, squeeze: Bijection, steps: Chain, prior: GaussianPrior, last: bool) -> None:
         super().__init__()
-        self.squeeze = Squeeze()
-        self.steps = Chain(*(Step(channels, config) for _ in range(config.steps)))
-        condition = config.condition_size if last or config.condition_splits else 0
-        if last:
-            self.prior: GaussianPrior = TopPrior(channels, condition, config.border, config.learned_top)
-        else:
-            self.prior = SplitPrior(channels // 2, condition, config.border)
+        self.squeeze = squeeze
+        self.steps = steps
+        self.prior = prior
         self.last = last
 
     def divide(self, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,10 +73,11 @@ class Level(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """[b, c, h, w] -> (what goes on, eps of this level, its log prior [b], log_det [b])."""
-        h, log_det = self.steps(self.squeeze(x)[0], condition)
+        h, log_det = self.squeeze(x)
+        h, term = self.steps(h, condition)
         kept, out = self.divide(h)
         eps, log_prior = self.prior.normalize(out, kept, condition)
-        return kept, eps, log_prior, log_det
+        return kept, eps, log_prior, log_det + term
 
     def inverse(self, kept: Tensor | None, eps: Tensor, condition: Tensor | None) -> Tensor:
         """The level's input from what went on (None at the top) and its normalised latent."""
@@ -91,24 +88,18 @@ class Level(nn.Module):
         return self.squeeze.inverse(self.steps.inverse(h, condition))
 
 
-class Glow(nn.Module):
-    """A conditional Glow over float images [b, channels, size, size] in [-1/2, 1/2).
+class Flow(nn.Module):
+    """A conditional multi-scale flow over float images [b, channels, size, size] in [-1/2, 1/2).
 
     `label`: int64 [b], -1 unknown; `attributes`: [b, A] of -1, 0 (unknown), +1. Both may be left out: unknown.
     """
 
-    def __init__(self, config: GlowConfig) -> None:
+    def __init__(self, config: FlowConfig, levels: Sequence[Level]) -> None:
         super().__init__()
-        config.refuse_impossible()
         self.config = config
-        channels = config.channels
-        levels: list[Level] = []
-        for index in range(config.levels):
-            last = index == config.levels - 1
-            levels.append(Level(4 * channels, config, last))
-            channels *= 2
         self.levels = nn.ModuleList(levels)
-        self.classifier = zero_classifier(2 * channels, config.classes) if config.classifier_weight else None
+        top = self.latent_shapes()[-1][0]
+        self.classifier = zero_classifier(top, config.classes) if config.classifier_weight else None
         varied = config.dequantization == "variational"
         depth, width = config.dequantizer_steps, config.dequantizer_width
         self.dequantizer = Dequantizer(config.channels, depth, width) if varied else None
@@ -145,6 +136,14 @@ class Glow(nn.Module):
         chains = [level.steps for level in self] + ([self.dequantizer.steps] if self.dequantizer else [])
         errors = [chain.inversion_error for chain in chains if chain.inversion_error is not None]
         return torch.stack(errors).amax() if errors else None
+
+    def moments(self) -> Tensor:
+        """Batch moments of the last leaf in every batch norm, [m]; [0] for a flow without batch norms."""
+        return leaf_moments(self)
+
+    def absorb(self, moments: Tensor) -> None:
+        """Move the running moments by one step towards these; call once an optimiser step with the leaves' mean."""
+        absorb_moments(self, moments)
 
     def terms(self, x: Tensor, label: Tensor | None = None, attributes: Tensor | None = None) -> LogProb:
         """log p(x | label, attributes) and its terms (Glow, equation 7)."""
@@ -270,7 +269,7 @@ class Glow(nn.Module):
         gather: Gather = lambda rows: rows,
         bits: int = 8,
     ) -> None:
-        """Set every activation norm from microbatches of data (Glow, section 3.1).
+        """Set every activation norm (Glow, section 3.1) and running moment from microbatches of data.
 
         `xs`: this worker's equal microbatches [n, c, h, w], dequantised at `bits` (a variational model asks);
         `gather` joins rows of moments of all workers in sample order, so every worker and every number of workers ends
@@ -292,6 +291,28 @@ class Glow(nn.Module):
         wanted = (self.config.channels, self.config.size, self.config.size)
         if tuple(x.shape[1:]) != wanted:
             raise ValueError(f"images of shape {tuple(x.shape[1:])} given to a model of {wanted}")
+
+
+class Glow(Flow):
+    """Glow (Kingma & Dhariwal 2018): levels of steps of activation norm, channel mixing and coupling."""
+
+    config: GlowConfig
+
+    def __init__(self, config: GlowConfig) -> None:
+        config.refuse_impossible()
+        super().__init__(config, [_glow_level(config, index) for index in range(config.levels)])
+
+
+def _glow_level(config: GlowConfig, index: int) -> Level:
+    channels, last = 4 * config.channels * 2**index, index == config.levels - 1
+    steps = Chain(*(Step(channels, config) for _ in range(config.steps)))
+    condition = config.condition_size if last or config.condition_splits else 0
+    prior: GaussianPrior
+    if last:
+        prior = TopPrior(channels, condition, config.border, config.learned_top)
+    else:
+        prior = SplitPrior(channels // 2, condition, config.border)
+    return Level(Squeeze(), steps, prior, last)
 
 
 def _refuse_condition(count: int, classes: int, named: int, label: Tensor | None, attributes: Tensor | None) -> None:

@@ -105,7 +105,8 @@ class BatchNorm(Bijection):
         """Mean and (biased) variance to normalise x by, [2, c]."""
         if not self.training:
             return torch.stack([self.mean, self.var])
-        var, mean = torch.var_mean(x.reshape(len(x), -1, len(self.mean), *x.shape[2:]), (0, 1, 3, 4), correction=0)
+        phases = x.to(self.mean.dtype).reshape(len(x), -1, len(self.mean), *x.shape[2:])
+        var, mean = torch.var_mean(phases, (0, 1, 3, 4), correction=0)
         if self.zeros:
             mean, var = mean / 2, var / 2 + mean.square() / 4
         moments = torch.stack([mean, var])
@@ -142,6 +143,26 @@ class BatchNorm(Bijection):
     def _like(self, x: Tensor, moments: Tensor) -> Tensor:
         """[2, c] -> [2, p c, 1, 1] for an x of p phases."""
         return moments.repeat(1, x.shape[1] // moments.shape[1])[..., None, None]
+
+
+def batch_norms(module: nn.Module) -> list[BatchNorm]:
+    """Every batch norm of a module, in the order of its state_dict."""
+    return [norm for norm in module.modules() if isinstance(norm, BatchNorm)]
+
+
+def leaf_moments(module: nn.Module) -> Tensor:
+    """The moments of the last leaf in every batch norm of a module, side by side, [m]; [0] where it has none."""
+    found = [norm.last.flatten() for norm in batch_norms(module) if norm.last is not None]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+def absorb_moments(module: nn.Module, moments: Tensor, share: float = BATCH_NORM_DECAY) -> None:
+    """Move the running moments of every batch norm towards these, [m] as `leaf_moments` gives them."""
+    start = 0
+    for norm in batch_norms(module):
+        stop = start + 2 * len(norm.mean)
+        norm.absorb(moments[start:stop].view(2, -1), share)
+        start = stop
 
 
 class NormedReLU(nn.Module):

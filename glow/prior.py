@@ -50,6 +50,16 @@ class GaussianPrior(nn.Module):
         return mean + torch.exp(log_std) * eps
 
 
+class StandardPrior(GaussianPrior):
+    """N(0, 1) at every split and at the top, as released with RealNVP."""
+
+    def normalize(self, z: Tensor, kept: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
+        return z, standard_normal_log_prob(z)
+
+    def denormalize(self, eps: Tensor, kept: Tensor, condition: Tensor | None) -> Tensor:
+        return eps
+
+
 class SplitPrior(GaussianPrior):
     """The prior of a factored-out half: a zero-initialised 3x3 convolution of the kept half."""
 

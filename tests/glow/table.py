@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,8 @@ from glow import (
     Chain,
     Coupling,
     DenseMixing,
-    Glow,
+    Flow,
+    FlowConfig,
     GlowConfig,
     Logit,
     LUMixing,
@@ -24,10 +25,12 @@ from glow import (
     NormedMixing,
     OrderedSqueeze,
     PermutationMixing,
+    RealNVPConfig,
     Relayout,
     SplitPrior,
     Squeeze,
     TopPrior,
+    make_flow,
 )
 from glow.flow import Step
 from glow.mixing import MixingKind, make_mixing
@@ -63,29 +66,29 @@ class PriorBijection(Bijection):
         return self._join(kept, self.prior.denormalize(eps, kept, condition))
 
 
-class GlowBijection(Bijection):
+class FlowBijection(Bijection):
     """A whole model as a bijection from images to all its latents side by side, [b, D, 1, 1]."""
 
-    def __init__(self, glow: Glow) -> None:
+    def __init__(self, flow: Flow) -> None:
         super().__init__()
-        self.glow = glow
+        self.flow = flow
 
     def _label(self, condition: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if condition is None:
             return None, None
-        classes = max(self.glow.config.classes, 0)
+        classes = max(self.flow.config.classes, 0)
         return condition[:, :classes].argmax(1), condition[:, classes:]
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> tuple[Tensor, Tensor]:
         label, attributes = self._label(condition)
-        y = torch.cat([z.flatten(1) for z in self.glow.encode(x, label, attributes)], dim=1)
-        return y[:, :, None, None], self.glow.log_prob(x, label, attributes) - standard_normal_log_prob(y)
+        y = torch.cat([z.flatten(1) for z in self.flow.encode(x, label, attributes)], dim=1)
+        return y[:, :, None, None], self.flow.log_prob(x, label, attributes) - standard_normal_log_prob(y)
 
     def inverse(self, y: Tensor, condition: Tensor | None = None) -> Tensor:
-        shapes = self.glow.latent_shapes()
+        shapes = self.flow.latent_shapes()
         parts = y.flatten(1).split([c * h * w for c, h, w in shapes], dim=1)
         latents = [part.reshape(len(y), *shape) for part, shape in zip(parts, shapes, strict=True)]
-        return self.glow.decode(latents, *self._label(condition))
+        return self.flow.decode(latents, *self._label(condition))
 
 
 def anything(shape: Shape) -> Tensor:
@@ -163,6 +166,7 @@ def perturbed(module: Module, by: float = 0.1) -> Module:
 
 MIXINGS: tuple[MixingKind, ...] = ("lu", "dense", "reverse", "shuffle")
 TINY = GlowConfig(size=4, channels=2, levels=2, steps=2, width=6, classes=-1, attributes=-1)
+TINY_REALNVP = RealNVPConfig(size=4, channels=2, levels=2, width=3, residuals=1, classes=-1, attributes=-1)
 
 
 def step_config(**changes: object) -> GlowConfig:
@@ -267,13 +271,17 @@ def _priors() -> list[Row]:
 
 
 def _models() -> list[Row]:
-    whole = {
+    whole: dict[str, FlowConfig] = {
         "glow affine": TINY,
         "glow additive, dense": GlowConfig(**{**TINY.__dict__, "coupling": "additive", "mixing": "dense"}),
         "glow conditioned everywhere": GlowConfig(
             **{**TINY.__dict__, "classes": 2, "attributes": 3, "condition_splits": True, "condition_steps": True}
         ),
         "glow conditioned as released": GlowConfig(**{**TINY.__dict__, "classes": 3, "mixing": "reverse"}),
+        "realnvp": TINY_REALNVP,
+        "realnvp conditioned everywhere": replace(
+            TINY_REALNVP, classes=2, attributes=3, prior="learned", condition_splits=True, masked_moments=False
+        ),
         "glow of options": GlowConfig(
             **{**TINY.__dict__, "clamp": "soft_exp", "border": False, "learned_top": False, "classes": 2}
         ),
@@ -281,10 +289,11 @@ def _models() -> list[Row]:
     return [
         Row(
             name=name,
-            make=lambda config=config: GlowBijection(Glow(config)),
+            make=lambda config=config: FlowBijection(make_flow(config)),
             shape=(config.channels, config.size, config.size),
             condition=config.condition_size,
             discrete=True,
+            bounded=isinstance(config, RealNVPConfig),
         )
         for name, config in whole.items()
     ]
