@@ -138,8 +138,12 @@ class Flow(nn.Module):
         return torch.stack(errors).amax() if errors else None
 
     def moments(self) -> Tensor:
-        """Batch moments of the last leaf in every batch norm, [m]; [0] for a flow without batch norms."""
+        """Batch moments of the last leaf in every batch norm, [m], 0 before any; [0] for a flow without them."""
         return leaf_moments(self)
+
+    def scales(self) -> list[Tensor]:
+        """Parameters that released training draws towards 0 (RealNVP, section 4.1); none in a Glow."""
+        return []
 
     def absorb(self, moments: Tensor) -> None:
         """Move the running moments by one step towards these; call once an optimiser step with the leaves' mean."""

@@ -151,9 +151,10 @@ def batch_norms(module: nn.Module) -> list[BatchNorm]:
 
 
 def leaf_moments(module: nn.Module) -> Tensor:
-    """The moments of the last leaf in every batch norm of a module, side by side, [m]; [0] where it has none."""
-    found = [norm.last.flatten() for norm in batch_norms(module) if norm.last is not None]
-    return torch.cat(found) if found else torch.zeros(0)
+    """The moments of the last leaf in every batch norm of a module, side by side, [m]; 0 before there was one."""
+    norms = batch_norms(module)
+    found = [norm.mean.new_zeros(2, len(norm.mean)) if norm.last is None else norm.last for norm in norms]
+    return torch.cat([moments.flatten() for moments in found]) if found else torch.zeros(0)
 
 
 def absorb_moments(module: nn.Module, moments: Tensor, share: float = BATCH_NORM_DECAY) -> None:

@@ -106,6 +106,14 @@ class RealNVP(Flow):
         config.refuse_impossible()
         super().__init__(config, [_level(config, index) for index in range(config.levels)])
 
+    def scales(self) -> list[Tensor]:
+        """Weight-norm magnitudes and the checkerboard couplings' rescale, as released."""
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if name.endswith("magnitude") or (".fields_" in name and name.endswith("rescale"))
+        ]
+
 
 def _level(config: RealNVPConfig, index: int) -> Level:
     """Checkerboard couplings, then channel couplings (section 3.6); the last level has a fourth checkerboard instead.

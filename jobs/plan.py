@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from glow import Glow, GlowConfig
+from glow import Flow, Glow, GlowConfig, RealNVPConfig, make_flow
 from glow.budget import Plan, level_costs, plan_of, plans
 from pipeline.anchors import budget, nets_dtype, planned
 from pipeline.config import TrainConfig, fingerprint
@@ -23,14 +23,13 @@ def plan(config: TrainConfig) -> str:
     """The plan of a run, some twenty lines; reads the manifest, measures small steps of the model, writes nothing."""
     manifest = open_manifest(open_storage(config.data.prefix))
     config = resolved(config, manifest)
-    side = 2**config.model.levels
-    parameters = _linear(*[_parameters(_small(config.model, side, n)) for n in (1, 2)], steps=config.model.steps)
+    parameters = _count(config.model)
     every = _number(config.schedule.checkpoint_every)
     lines = [
         *_about_run(config, manifest),
         *_about_data(config, manifest),
         *_about_model(config, parameters),
-        *_about_memory(config, parameters),
+        *(_about_memory(config, config.model, parameters) if isinstance(config.model, GlowConfig) else _about_couplings(config)),
         f"checkpoint   {_bytes(parameters * 4 * COPIES)} each, every {every} images, {config.schedule.keep} kept",
     ]
     return "\n".join(lines)
@@ -65,17 +64,33 @@ def _about_data(config: TrainConfig, manifest: Manifest) -> list[str]:
 
 def _about_model(config: TrainConfig, parameters: int) -> list[str]:
     model = config.model
-    shapes = ", ".join("x".join(map(str, shape)) for shape in Glow(replace(model, steps=1)).latent_shapes())
+    if isinstance(model, RealNVPConfig):
+        little = replace(model, width=1, residuals=1)
+        what = f"realnvp L{model.levels} width {model.width}, {model.residuals} residuals, {model.prior} prior"
+    else:
+        little = replace(model, steps=1)
+        what = f"L{model.levels} K{model.steps} width {model.width} {model.coupling} {model.mixing}"
+    shapes = ", ".join("x".join(map(str, shape)) for shape in make_flow(little).latent_shapes())
     return [
-        f"model        L{model.levels} K{model.steps} width {model.width} {model.coupling} {model.mixing}, "
-        f"{_number(parameters)} parameters; {model.classes} classes, {model.attributes} attributes",
+        f"model        {what}, {_number(parameters)} parameters; {model.classes} classes, {model.attributes} attributes",
         f"latents      {shapes}",
     ]
 
 
-def _about_memory(config: TrainConfig, parameters: int) -> list[str]:
+def _about_couplings(config: TrainConfig) -> list[str]:
+    """What a RealNVP keeps by its anchors; a dial for couplings as deep as these is not worth a table."""
+    asked = config.memory.anchor_every
+    if asked == "plan":
+        planned(config, 0)
+    return [
+        f"memory       anchor_every {' '.join(map(str, asked))}: 0 keeps every hidden map of a level, n its state every n members and two",
+        "             vectors of moments a coupling",
+    ]
+
+
+def _about_memory(config: TrainConfig, model: GlowConfig, parameters: int) -> list[str]:
     """Anchor settings from the fastest to the smallest, what each needs for a leaf; * marks the setting of this run."""
-    costs = level_costs(config.model, config.schedule.leaf, nets_dtype(config))
+    costs = level_costs(model, config.schedule.leaf, nets_dtype(config))
     device = torch.device("cuda" if config.cluster.gpu and torch.cuda.is_available() else "cpu")
     free = budget(config, parameters, device)
     asked = config.memory.anchor_every
@@ -101,7 +116,14 @@ def _small(config: GlowConfig, size: int, steps: int) -> Glow:
     return Glow(replace(config, size=size, steps=steps))
 
 
-def _parameters(model: Glow) -> int:
+def _count(model: GlowConfig | RealNVPConfig) -> int:
+    """Parameters of a model; a Glow's steps are all alike, so two small ones tell."""
+    if isinstance(model, RealNVPConfig):
+        return _parameters(make_flow(replace(model, size=2**model.levels)))
+    return _linear(*[_parameters(_small(model, 2**model.levels, n)) for n in (1, 2)], steps=model.steps)
+
+
+def _parameters(model: Flow) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 

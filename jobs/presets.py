@@ -1,8 +1,9 @@
 """The presets: what was published, as the release configures it, and what learns in minutes on a laptop.
 
 Published figures are bits/dim of the test set as printed in Glow (arXiv 1807.03039, table 2; for 5-bit CelebA-HQ as
-quoted by MaCow, arXiv 1902.04208); `gpus` is how many the release's README asks for. GPU hours are not published, so
-the images below are a budget of ours; batches are the release's global ones, GPUs x local batch.
+quoted by MaCow, arXiv 1902.04208), and of the validation set in RealNVP (arXiv 1605.08803, table 1); `gpus` is how many
+the release's README asks for. GPU hours are not published, so the images below are a budget of ours; batches are the
+release's global ones, GPUs x local batch.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 
-from glow import GlowConfig
+from glow import GlowConfig, RealNVPConfig
 from pipeline.config import DataConfig, EvaluateConfig, MemoryConfig, OptimConfig, ScheduleConfig, TrainConfig
 from pipeline.errors import UsageError
 
@@ -30,6 +31,9 @@ class Preset:
 
 _LITTLE = GlowConfig(coupling="additive", width=64, condition_splits=True, condition_steps=True)
 _RELEASED = OptimConfig(algorithm="adamax", lr=1e-3, warmup=500_000, ema_halflife=35_000)
+_RELEASED_REALNVP = OptimConfig(
+    algorithm="adam", lr=1e-3, warmup=0, loss="nats", l2=5e-5, clip=100.0, guard_factor=1e6, ema_halflife=35_000
+)
 _SHORT = OptimConfig(algorithm="adam", lr=2e-3, warmup=500, decay="cosine", ema_halflife=2_200)
 
 _TOYS = (
@@ -59,6 +63,20 @@ _LABELLED = (
     ("imagenet32class", 32, 3, 48, "additive", 5, 512,  64, 180_000_000,  None,    8, "Glow, README: --ycond"),
 )  # fmt: skip
 """With class labels in the top prior and a classifier of weight 0.01, as in the release's two conditional commands."""
+
+_TOYS_REALNVP = (
+    # name             size  L   images  every  checkpoint  source
+    ("toy32-realnvp",     0, 3,  12_000, 3_000,  2_000, "procedural faces at 32 px: the other family"),
+)  # fmt: skip
+
+_PUBLISHED_REALNVP = (
+    # name                  size  L  width residuals images   published  source
+    ("cifar10-realnvp",       32, 2, 64, 8,      25_000_000,  3.49, "RealNVP, table 1"),
+    ("imagenet32-realnvp",    32, 4, 32, 4,      64_000_000,  4.28, "RealNVP, table 1"),
+    ("imagenet64-realnvp",    64, 5, 32, 2,      64_000_000,  3.98, "RealNVP, table 1"),
+    ("celeba64-realnvp",      64, 5, 32, 2,      16_000_000,  3.02, "RealNVP, table 1"),
+    ("lsun64-realnvp",        64, 5, 32, 2,      64_000_000,  2.72, "RealNVP, table 1 (bedroom)"),
+)  # fmt: skip
 
 
 def _toy(name: str, levels: int, steps: int, images: int, every: int, checkpoint: int, source: str) -> Preset:
@@ -101,10 +119,38 @@ def _labelled(entry: Preset) -> Preset:
     return dataclasses.replace(entry, config=dataclasses.replace(entry.config, model=model))
 
 
+def _released_realnvp(
+    name: str, size: int, levels: int, width: int, residuals: int, images: int, published: float, source: str
+) -> Preset:
+    config = TrainConfig(
+        name=name,
+        model=RealNVPConfig(size=size, levels=levels, width=width, residuals=residuals, classes=-1, attributes=-1),
+        optim=_RELEASED_REALNVP,
+        memory=MemoryConfig(anchor_every=(3, 0)),
+        # One leaf a batch: its moments are those of the released batch.
+        schedule=ScheduleConfig(images=images, batch=64, leaf=64, status_every=5_000),
+    )
+    return Preset(config=config, published=published, gpus=None, source=source)
+
+
+def _toy_realnvp(name: str, size: int, levels: int, images: int, every: int, checkpoint: int, source: str) -> Preset:
+    base = _toy(name, levels, 1, images, every, checkpoint, source)
+    config = dataclasses.replace(
+        base.config,
+        model=RealNVPConfig(size=size, levels=levels, width=16, residuals=1, prior="learned", condition_splits=True),
+        optim=dataclasses.replace(_SHORT, l2=5e-5, loss="nats", clip=0.0),
+        memory=MemoryConfig(anchor_every=(0,)),
+        schedule=dataclasses.replace(base.config.schedule, leaf=16),
+    )
+    return dataclasses.replace(base, config=config)
+
+
 PRESETS: dict[str, Preset] = (
     {row[0]: _toy(*row) for row in _TOYS}
+    | {row[0]: _toy_realnvp(*row) for row in _TOYS_REALNVP}
     | {row[0]: _released(*row) for row in _PUBLISHED}
     | {row[0]: _labelled(_released(*row)) for row in _LABELLED}
+    | {row[0]: _released_realnvp(*row) for row in _PUBLISHED_REALNVP}
 )
 
 
@@ -119,7 +165,7 @@ def preset(name: str) -> Preset:
 
 def table() -> str:
     """Every preset on a line: configuration, published bits/dim, GPUs, source."""
-    heads = ("preset", "size", "L", "K", "width", "coupling", "bits", "batch", "images", "published", "GPUs", "source")
+    heads = ("preset", "size", "L", "K", "width", "inside", "bits", "batch", "images", "published", "GPUs", "source")
     rows = [heads] + [_row(name, entry) for name, entry in PRESETS.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -129,7 +175,14 @@ def table() -> str:
 def _row(name: str, entry: Preset) -> tuple[str, ...]:
     model, schedule = entry.config.model, entry.config.schedule
     return (
-        name, str(model.size or "data"), str(model.levels), str(model.steps), str(model.width), model.coupling,
+        name, str(model.size or "data"), str(model.levels), *_inside(model),
         str(entry.config.data.bits), str(schedule.batch), f"{schedule.images:,}".replace(",", " "),
         f"{entry.published:.2f}" if entry.published else "-", str(entry.gpus or "-"), entry.source,
     )  # fmt: skip
+
+
+def _inside(model: GlowConfig | RealNVPConfig) -> tuple[str, str, str]:
+    """(steps a level, width, what is special): a RealNVP has six couplings a level, its depth is in their networks."""
+    if isinstance(model, RealNVPConfig):
+        return "6", str(model.width), f"{model.residuals} residuals"
+    return str(model.steps), str(model.width), model.coupling

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from glow import Chain, Glow
+from glow import Chain, Flow, GlowConfig
 from glow.budget import Plan, cheapest, level_costs
 from pipeline.config import TrainConfig
 from pipeline.errors import ConfigError
@@ -27,7 +27,7 @@ COPIES_TO_COME = 3
 class Anchors:
     """Sets the model's anchors, watches the inversion and tightens."""
 
-    def __init__(self, config: TrainConfig, model: Glow, world: World) -> None:
+    def __init__(self, config: TrainConfig, model: Flow, world: World) -> None:
         self._model, self._world = model, world
         self._asked = config.memory.anchor_every
         self._alarm = 2.0**-config.data.bits / 8
@@ -93,6 +93,8 @@ def nets_dtype(config: TrainConfig) -> torch.dtype:
 
 def planned(config: TrainConfig, free: int) -> Plan:
     """The cheapest setting for a leaf of a resolved configuration in so many bytes; ConfigError where none fits."""
+    if not isinstance(config.model, GlowConfig):
+        raise ConfigError('memory.anchor_every is "plan"', cure="numbers: only a Glow's steps can be planned for")
     try:
         return cheapest(level_costs(config.model, config.schedule.leaf, nets_dtype(config)), free)
     except ValueError as error:

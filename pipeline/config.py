@@ -13,12 +13,12 @@ import json
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tomli_w
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
-from glow import GlowConfig
+from glow import FlowConfig, GlowConfig, RealNVPConfig
 from pipeline.errors import ConfigError
 from pipeline.storage import canonical_json, sha256_hex
 
@@ -26,6 +26,18 @@ ALGORITHM_VERSION = 2
 """Raised by hand when the same configuration would learn something else; part of every fingerprint."""
 
 STRICT = {"extra": "forbid"}
+
+FAMILIES: dict[str, type[FlowConfig]] = {"glow": GlowConfig, "realnvp": RealNVPConfig}
+
+
+def family_of(model: Any) -> str:
+    """Which family a model's configuration, or the table of one, is of: a Glow unless it says otherwise."""
+    return str(model.get("family", "glow") if isinstance(model, dict) else getattr(model, "family", "?"))  # pyright: ignore
+
+
+ModelSettings = Annotated[
+    Annotated[GlowConfig, Tag("glow")] | Annotated[RealNVPConfig, Tag("realnvp")], Discriminator(family_of)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,8 @@ class OptimConfig:
     """How parameters move."""
 
     __pydantic_config__ = STRICT
+    later: ClassVar[tuple[str, ...]] = ("loss", "l2")
+    """Settings that came later: left out of fingerprints at their default."""
     algorithm: Literal["adamax", "adam"] = "adamax"
     """adamax as released with Glow, or textbook Adam."""
     lr: float = 1e-3
@@ -69,6 +83,10 @@ class OptimConfig:
     """Rate after warm-up: constant, or a half cosine to 0 at the last image."""
     ema_halflife: int = 50_000
     """Half-life of the averaged weights, in images."""
+    loss: Literal["bits_per_dim", "nats"] = "bits_per_dim"
+    """Unit of the loss, of `clip` and of `l2`: bits a dimension, or nats an image as released with RealNVP."""
+    l2: float = 0.0
+    """Weight in the loss of the squares of a RealNVP's weight-norm magnitudes and checkerboard scales."""
     clip: float = 0.0
     """Gradient norm above which the gradient is scaled down; 0 never."""
     guard_factor: float = 20.0
@@ -171,7 +189,7 @@ class TrainConfig:
     allow_change: tuple[str, ...] = ()
     """Settings, such as optim.lr, in which this attempt may differ from the run it resumes."""
     data: DataConfig = field(default_factory=DataConfig)
-    model: GlowConfig = field(default_factory=GlowConfig)
+    model: ModelSettings = field(default_factory=GlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -186,7 +204,14 @@ def read_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfi
         overrides = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
-    merged = _laid_over(dataclasses.asdict(base or TrainConfig()), overrides)
+    below = dataclasses.asdict(base or TrainConfig())
+    asked = overrides.get("model")
+    if isinstance(asked, dict) and asked.get("family", below["model"]["family"]) != below["model"]["family"]:
+        family = FAMILIES.get(asked["family"])
+        if family is None:
+            raise ConfigError(f"model.family: no {asked['family']!r}", where=str(path), cure=f"one of {list(FAMILIES)}")
+        below["model"] = dataclasses.asdict(family())
+    merged = _laid_over(below, overrides)
     try:
         # JSON mode is strict about types (no "3" for 3) and still takes a TOML array for a tuple.
         return TypeAdapter(TrainConfig).validate_json(json.dumps(merged, default=str), strict=True)
@@ -211,7 +236,7 @@ def decisive(config: TrainConfig, data_digest: str) -> dict[str, Any]:
         "data.train": config.data.train,
         "data.bits": config.data.bits,
         **{f"model.{name}": value for name, value in config.model.settings().items()},
-        **{f"optim.{name}": value for name, value in dataclasses.asdict(config.optim).items()},
+        **{f"optim.{name}": value for name, value in _decisive(config.optim).items()},
         "schedule.batch": schedule.batch,
         "schedule.leaf": schedule.leaf,
         "schedule.init_images": schedule.init_images,
@@ -224,6 +249,11 @@ def decisive(config: TrainConfig, data_digest: str) -> dict[str, Any]:
 def fingerprint(config: TrainConfig, data_digest: str) -> str:
     """sha256 of what `decisive` gives."""
     return sha256_hex(canonical_json(decisive(config, data_digest)))
+
+
+def _decisive(optim: OptimConfig) -> dict[str, Any]:
+    tree, defaults = dataclasses.asdict(optim), dataclasses.asdict(OptimConfig())
+    return {name: tree[name] for name in tree if name not in optim.later or tree[name] != defaults[name]}
 
 
 def refuse_impossible(config: TrainConfig) -> None:
@@ -243,6 +273,7 @@ def refuse_impossible(config: TrainConfig) -> None:
         (optim.lr <= 0 or not 0 <= optim.beta1 < 1 or not 0 <= optim.beta2 < 1, "optim.lr, beta1 or beta2 is out of "
          "range", "lr above 0, betas in [0, 1)"),
         (config.cluster.lease_s <= 0, f"cluster.lease_s is {config.cluster.lease_s}", "seconds, above 0"),
+        (min(optim.l2, optim.clip) < 0, "optim.l2 or optim.clip is below 0", "0 is off"),
         (optim.ema_halflife < 1, f"optim.ema_halflife is {optim.ema_halflife}", "images, 1 or more"),
         (config.cluster.workers > schedule.batch // max(schedule.leaf, 1),
          f"{config.cluster.workers} workers for {schedule.batch // max(schedule.leaf, 1)} leaves a batch",
@@ -266,7 +297,7 @@ def _laid_over(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any
 def _first_finding(error: ValidationError, tree: dict[str, Any], path: str) -> ConfigError:
     """The first finding of pydantic, in our words."""
     finding = error.errors()[0]
-    *tables, key = [str(part) for part in finding["loc"]] or [""]
+    *tables, key = [str(part) for part in finding["loc"] if part not in FAMILIES] or [""]
     if finding["type"] != "unexpected_keyword_argument":
         return ConfigError(f"{'.'.join([*tables, key])}: {finding['msg'].lower()}", where=path)
     for name in tables:

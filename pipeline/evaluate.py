@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from glow import Glow, bits_per_dim, quantize, to_pixels
+from glow import Flow, bits_per_dim, quantize, to_pixels
 from pipeline.learner import Examples
 from pipeline.stream import Batch, Stream
 from pipeline.uniformity import COLUMNS, Uniformity, summarised, transform
@@ -88,7 +88,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: Glow,
+    model: Flow,
     examples: Examples,
     stream: Stream,
     world: World,
@@ -113,7 +113,7 @@ def evaluate(
     return _summarised(whole, looked, model, bits, labels)
 
 
-def validation_bits(model: Glow, examples: Examples, stream: Stream, world: World, images: int, bits: int) -> Tensor:
+def validation_bits(model: Flow, examples: Examples, stream: Stream, world: World, images: int, bits: int) -> Tensor:
     """Bits per dimension of the first images of a stream, float64 [images] on every rank; collective."""
     found = evaluate(model, examples, stream, world, bits=bits, images=images, round_trip=0)
     return torch.tensor(found.values, dtype=torch.float64)
@@ -163,7 +163,7 @@ def _own_batches(stream: Stream, world: World, count: int, batch: int) -> Iterat
 
 
 @torch.no_grad()
-def _measured(model: Glow, examples: Examples, batch: Batch, bits: int, round_trip: int) -> tuple[Tensor, Tensor]:
+def _measured(model: Flow, examples: Examples, batch: Batch, bits: int, round_trip: int) -> tuple[Tensor, Tensor]:
     """Float64 tables of a batch: of every image its bound, log_det, every level's prior, -log q, bound under uniform
     noise (nats) and label; and of those that go to the latents and back (none or all) what `_round_trips` says.
     """
@@ -181,7 +181,7 @@ def _measured(model: Glow, examples: Examples, batch: Batch, bits: int, round_tr
 
 
 def _round_trips(
-    model: Glow, x: Tensor, pixels: Tensor, bits: int, label: Tensor | None, attributes: Tensor | None
+    model: Flow, x: Tensor, pixels: Tensor, bits: int, label: Tensor | None, attributes: Tensor | None
 ) -> Tensor:
     """Float64 [b, 2 + levels + COLUMNS * levels]: error of x, whether every pixel is the same, of latents, PIT."""
     if len(x) == 0:
@@ -201,7 +201,7 @@ def _largest(difference: Tensor) -> Tensor:
     return difference.abs().flatten(1).amax(1)
 
 
-def _summarised(table: Tensor, looked: Tensor, model: Glow, bits: int, names: Sequence[str]) -> Evaluation:
+def _summarised(table: Tensor, looked: Tensor, model: Flow, bits: int, names: Sequence[str]) -> Evaluation:
     kind = model.config.dequantization
     values, uniform = (bits_per_dim(table[:, column], model.dims, bits).tolist() for column in (0, -2))
     labels = [int(label) for label in table[:, -1]]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glow import Glow, attribute_directions
+from glow import Flow, GlowConfig, RealNVPConfig, attribute_directions, make_flow
 from pipeline.checkpoint import accepting, load_latest
 from pipeline.config import DataConfig, TrainConfig, decisive, fingerprint, read_config
 from pipeline.errors import ConfigError, UsageError
@@ -44,11 +44,11 @@ class TrainedRun:
     images: int
     tensors: Mapping[str, Tensor] = field(repr=False)
 
-    def model(self, weights: str = "ema") -> Glow:
+    def model(self, weights: str = "ema") -> Flow:
         """The model with its averaged ("ema") or last ("raw") weights."""
         kept = {key.removeprefix("model/"): tensor for key, tensor in self.tensors.items() if key.startswith("model/")}
         averaged = {name: self.tensors.get(f"ema/{name}", tensor) for name, tensor in kept.items()}
-        model = Glow(self.config.model)
+        model = make_flow(self.config.model)
         model.load_state_dict(averaged if weights == "ema" else kept)
         return model.eval()
 
@@ -109,6 +109,7 @@ def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
     }
     return ModelConfig(
         model=config.model,
+        family=config.model.family,
         bits=config.data.bits,
         attributes=tuple(manifest.attributes),
         editable=tuple(manifest.editable),
@@ -118,7 +119,7 @@ def model_config(config: TrainConfig, manifest: Manifest) -> ModelConfig:
 
 
 @torch.no_grad()
-def directions(model: Glow, stream: Stream, inputs: Examples, manifest: Manifest, bits: int) -> list[Tensor]:
+def directions(model: Flow, stream: Stream, inputs: Examples, manifest: Manifest, bits: int) -> list[Tensor]:
     """Mean latent with each editable attribute minus without it, per level [A, c, h, w], over the first images.
 
     Images are encoded as if nothing were known about them, so that what makes the difference is in the latents.
@@ -169,8 +170,7 @@ def model_card(run: TrainedRun, manifest: Manifest) -> str:
     lossless = "" if manifest.lossless else " (lossy shards: bits/dim compare with nothing)"
     return f"""# {run.config.name}
 
-A Glow: a normalizing flow with exact likelihoods, {config.levels} levels of {config.steps} steps, {config.coupling} \
-couplings of width {config.width}, over {config.size} px images of {config.channels} channels, \
+{architecture(config)}, over {config.size} px images of {config.channels} channels, \
 {run.config.data.bits} bits each.
 
 - Conditioned on: {" and ".join(known) or "nothing"}
@@ -193,6 +193,19 @@ def revision() -> tuple[str, bool]:
         return commit, bool(_git("status", "--porcelain"))
     told = os.environ.get("GLOW_REVISION", "")
     return told.removesuffix("-dirty"), told.endswith("-dirty")
+
+
+def architecture(config: GlowConfig | RealNVPConfig) -> str:
+    """What a model is, in words."""
+    if isinstance(config, RealNVPConfig):
+        return (
+            f"A RealNVP: a normalizing flow with exact likelihoods, {config.levels} scales of affine couplings by "
+            f"networks of {config.residuals} residuals and width {config.width}"
+        )
+    return (
+        f"A Glow: a normalizing flow with exact likelihoods, {config.levels} levels of {config.steps} steps, "
+        f"{config.coupling} couplings of width {config.width}"
+    )
 
 
 def _git(*arguments: str) -> str:

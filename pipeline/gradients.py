@@ -25,17 +25,24 @@ class Gradients:
     """Collects the gradient of a batch cut into `leaves` microbatches; ranks own contiguous ranges of them."""
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], world: World, leaves: int, reduction: Literal["tree", "overlap"]
+        self,
+        parameters: Sequence[nn.Parameter],
+        world: World,
+        leaves: int,
+        reduction: Literal["tree", "overlap"],
+        moments: int = 0,
     ) -> None:
         self.own = leaf_range(world, leaves)
-        first = parameters[0]
-        self._flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        self._leaves = leaves
+        first, count = parameters[0], sum(p.numel() for p in parameters)
+        self._flat = torch.zeros(count + moments, dtype=first.dtype, device=first.device)
+        self._gradient, self._moments = self._flat[:count], self._flat[count:]
         offset = 0
         for parameter in parameters:
             parameter.grad = self._flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel()
         self._tree = TreeSum(world, leaves) if reduction == "tree" else None
-        self._buckets = Buckets(parameters, self._flat) if reduction == "overlap" and world.size > 1 else None
+        self._buckets = Buckets(parameters, self._gradient) if reduction == "overlap" and world.size > 1 else None
 
     def of(self, loss: Callable[[int], Tensor]) -> Tensor:
         """The sum over all leaves of all ranks of the gradient of `loss(leaf)`, [n]; every `.grad` shows its part."""
@@ -51,7 +58,17 @@ class Gradients:
             self._flat.copy_(self._tree.result())
         if self._buckets:
             self._buckets.finish()
-        return self._flat
+            if len(self._moments):
+                dist.all_reduce(self._moments)
+        return self._gradient
+
+    def note(self, moments: Tensor) -> None:
+        """Add a leaf's batch moments [m] to what is summed beside its gradient; call it inside `loss`."""
+        self._moments.add_(moments)
+
+    def moments(self) -> Tensor:
+        """The mean over all leaves of what was noted, [m]: the same bits for every number of workers under `tree`."""
+        return self._moments / self._leaves
 
 
 class Buckets:

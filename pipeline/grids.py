@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from glow import Glow, GlowConfig
+from glow import Flow, FlowConfig
 from pipeline.config import TrainConfig
 from pipeline.sampling import Condition, Temperature, condition_of, sample
 
@@ -30,7 +30,7 @@ class Column:
 
 
 def sample_grid(
-    model: Glow, bits: int, seeds: Sequence[int], columns: Sequence[Column], temperature: Temperature, caption: str = ""
+    model: Flow, bits: int, seeds: Sequence[int], columns: Sequence[Column], temperature: Temperature, caption: str = ""
 ) -> Image.Image:
     """Draw samples: a row a seed, a column a condition (or a temperature)."""
     drawn = [
@@ -41,7 +41,7 @@ def sample_grid(
 
 
 def attribute_columns(
-    config: GlowConfig, editable: Sequence[str], base: Condition, asked: Sequence[str], label: int = -1
+    config: FlowConfig, editable: Sequence[str], base: Condition, asked: Sequence[str], label: int = -1
 ) -> list[Column]:
     """Columns for requests such as "+Smiling,-Eyeglasses" laid over the rows' own conditions; "" asks for nothing."""
     return [
@@ -59,7 +59,7 @@ def temperature_columns(temperatures: Sequence[float], condition: Condition) -> 
 
 
 def training_grid(
-    model: Glow, config: TrainConfig, temperature: float, condition: Condition = (None, None)
+    model: Flow, config: TrainConfig, temperature: float, condition: Condition = (None, None)
 ) -> Image.Image:
     """The grid drawn while training: `evaluate.rows` rows of eight seeds, under the conditions of real images."""
     seeds = range(8 * config.evaluate.rows)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glow import Glow, bits_per_dim, dequantize, keyed_uniform, sample_keys
+from glow import Flow, bits_per_dim, dequantize, keyed_uniform, make_flow, sample_keys
 from pipeline.anchors import Anchors, nets_dtype
 from pipeline.config import TrainConfig
 from pipeline.gradients import Gradients
@@ -39,11 +39,11 @@ INIT_LEAF = 32
 """Images whose moments are added up at a time in data-dependent initialisation."""
 
 
-def build_model(config: TrainConfig) -> Glow:
+def build_model(config: TrainConfig) -> Flow:
     """The model of a resolved configuration with its initial weights: a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Glow(config.model)
+        return make_flow(config.model)
 
 
 class Examples:
@@ -72,7 +72,8 @@ class Learner:
         self.model = build_model(config).to(world.device)
         parameters = list(self.model.parameters())
         schedule = config.schedule
-        self._gradients = Gradients(parameters, world, schedule.batch // schedule.leaf, schedule.reduction)
+        leaves, moments = schedule.batch // schedule.leaf, len(self.model.moments())
+        self._gradients = Gradients(parameters, world, leaves, schedule.reduction, moments)
         self.optimizer = make_optimizer(parameters, config.optim)
         self.ema = Ema(self.model, config.optim.ema_halflife, schedule.batch)
         self.guard = Guard(config.optim)
@@ -88,7 +89,7 @@ class Learner:
         return slice(own.start * leaf, own.stop * leaf)
 
     def initialize(self, stream: Stream) -> None:
-        """Set the activation norms from the first images of the stream; the same weights for any number of workers."""
+        """Set activation norms and running moments from the first images of the stream, the same for any world."""
         leaves = max(1, self.config.schedule.init_images // INIT_LEAF)
         own = range(self.world.rank * leaves // self.world.size, (self.world.rank + 1) * leaves // self.world.size)
         rows = [self._examples.of(batch, self.config.seed) for batch in _microbatches(stream, own)]
@@ -102,6 +103,7 @@ class Learner:
         config, refused = self.config, dict[str, Any]()
         self._losses.clear()
         gradient = self._gradients.of(lambda leaf: self._loss(batch, leaf))
+        self._draw_scales()
         norm = float(torch.linalg.vector_norm(gradient))
         rate = learning_rate(config.optim, self.images, config.schedule.images)
         if self.guard.check(norm):
@@ -109,6 +111,7 @@ class Learner:
                 gradient.mul_(config.optim.clip / norm)
             set_rate(self.optimizer, rate)
             self.optimizer.step()
+            self.model.absorb(self._gradients.moments())
             self.ema.update(self.model)
         else:
             refused = self._findings(batch, norm)
@@ -157,7 +160,17 @@ class Learner:
             figures["train/class_bits"] = surprise.detach().mean()
             loss = loss + self.config.model.classifier_weight * surprise
         self.means.add(figures)
-        return loss.sum() / self.config.schedule.batch
+        self._gradients.note(self.model.moments())
+        unit = dims * math.log(2) if self.config.optim.loss == "nats" else 1.0
+        return unit * loss.sum() / self.config.schedule.batch
+
+    @torch.no_grad()
+    def _draw_scales(self) -> None:
+        """Add the gradient of l2 * sum of squares; it belongs to no leaf."""
+        if self.config.optim.l2:
+            for scale in self.model.scales():
+                assert scale.grad is not None
+                scale.grad.add_(scale, alpha=2 * self.config.optim.l2)
 
     def figures(self) -> dict[str, float]:
         """Means since the last call over all workers; collective."""

@@ -27,7 +27,8 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from glow import Glow, GlowConfig, latents_of_seeds, to_pixels
+from glow import Flow, latents_of_seeds, make_flow, to_pixels
+from pipeline.config import ModelSettings
 from pipeline.errors import DataError
 from pipeline.sampling import Condition, condition_of, one_thread, sample
 from pipeline.storage import MissingError, Storage, canonical_json, sha256_hex
@@ -47,7 +48,7 @@ class ModelConfig:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    model: GlowConfig
+    model: ModelSettings
     bits: int
     attributes: tuple[str, ...]
     """Attribute names of the dataset."""
@@ -64,7 +65,7 @@ class ModelConfig:
 class LoadedModel:
     """A model read from its folder, every byte checked."""
 
-    model: Glow
+    model: Flow
     config: ModelConfig
     digest: str
     where: str
@@ -94,7 +95,7 @@ class LoadedModel:
 
 def write_model(
     folder: Storage,
-    model: Glow,
+    model: Flow,
     config: ModelConfig,
     *,
     directions: Sequence[Tensor],
@@ -133,7 +134,7 @@ def read_model(folder: Storage, digest: str = "") -> LoadedModel:
     listing = _listing(root, folder.where("model.json"))
     contents = {name: _checked(folder, name, entry) for name, entry in listing.items()}
     config = _model_config(contents["config.json"], folder.where("config.json"))
-    model = Glow(config.model)
+    model = make_flow(config.model)
     with _parsing(folder.where("weights.safetensors")):
         model.load_state_dict(safetensors.torch.load(contents["weights.safetensors"]))
     with _parsing(folder.where("directions.safetensors")):
@@ -153,12 +154,12 @@ def read_model(folder: Storage, digest: str = "") -> LoadedModel:
     )
 
 
-def weights_of(model: Glow) -> bytes:
+def weights_of(model: Flow) -> bytes:
     """The bytes of weights.safetensors: a function of the weights alone."""
     return _tensors(model.state_dict())
 
 
-def make_golden(model: Glow, config: ModelConfig, examples: Condition) -> dict[str, Tensor]:
+def make_golden(model: Flow, config: ModelConfig, examples: Condition) -> dict[str, Tensor]:
     """The golden tensors of a model; the conditions are those of `examples`, first to first."""
     seeds = torch.arange(GOLDEN_SEEDS)
     label, attributes = examples
@@ -175,7 +176,7 @@ def make_golden(model: Glow, config: ModelConfig, examples: Condition) -> dict[s
 
 
 @torch.no_grad()
-def decode_golden(model: Glow, config: ModelConfig, golden: Mapping[str, Tensor]) -> Tensor:
+def decode_golden(model: Flow, config: ModelConfig, golden: Mapping[str, Tensor]) -> Tensor:
     """The pixels [n, c, h, w] golden latents decode to here and now."""
     latents = [golden[f"latents.{level}"] for level in range(config.model.levels)]
     rows = golden["seeds"] % len(golden["labels"])
@@ -279,7 +280,7 @@ def _lineage(folder: Storage) -> Mapping[str, Any]:
 def _model_config(data: bytes, where: str) -> ModelConfig:
     with _parsing(where):
         config = TypeAdapter(ModelConfig).validate_json(data, strict=True)
-    if (config.family, config.schema) != ("glow", 1):
+    if (config.family, config.schema) != (config.model.family, 1):
         raise DataError(f"family {config.family}, schema {config.schema}: not known to this version", where=where)
     return config
 

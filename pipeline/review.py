@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from glow import Glow
+from glow import Flow
 from pipeline.conditioning import Obedience, obedience
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.errors import ConfigError, UsageError
@@ -44,14 +44,14 @@ class Subject:
     title: str
     config: TrainConfig
     manifest: Manifest
-    models: Mapping[str, Glow]
+    models: Mapping[str, Flow]
     """By the name of their weights; the first is what ships."""
     run: Storage | None = None
     """The run's folder, where there is one."""
     lineage: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def main(self) -> Glow:
+    def main(self) -> Flow:
         """The model that ships."""
         return next(iter(self.models.values()))
 

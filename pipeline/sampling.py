@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from glow import Glow, GlowConfig, latents_of_seeds, to_pixels
+from glow import Flow, FlowConfig, latents_of_seeds, to_pixels
 from pipeline.errors import DataError, UsageError
 
 Temperature = float | Sequence[float]
@@ -22,7 +22,7 @@ Condition = tuple[Tensor | None, Tensor | None]
 
 @torch.no_grad()
 def sample(
-    model: Glow, bits: int, seeds: Sequence[int], temperature: Temperature = 0.7, condition: Condition = (None, None)
+    model: Flow, bits: int, seeds: Sequence[int], temperature: Temperature = 0.7, condition: Condition = (None, None)
 ) -> Tensor:
     """Images uint8 [n, c, h, w] of seeds at a temperature; a seed gives the same pixels in whatever company.
 
@@ -46,7 +46,7 @@ def sample(
 
 
 def condition_of(
-    config: GlowConfig, editable: Sequence[str], base: Condition, attributes: str | Sequence[str] = "", label: int = -1
+    config: FlowConfig, editable: Sequence[str], base: Condition, attributes: str | Sequence[str] = "", label: int = -1
 ) -> Condition:
     """Lay "+Smiling,-Eyeglasses" (or a list of such) and a class number over the conditions `base` of some images.
 

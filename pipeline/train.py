@@ -188,7 +188,7 @@ def due(images: int, every: int, batch: int) -> bool:
 
 def look(learner: Learner, examples: Examples, unseen: Stream, tracker: Tracker) -> dict[str, float]:
     """Judge the averaged weights on validation images and draw fixed seeds; collective over ranks."""
-    config, model = learner.config, learner.model
+    config, model = learner.config, learner.model.eval()
     count = min(config.evaluate.images, unseen.samples)
     with learner.ema.swapped(model):
         bits = validation_bits(model, examples, unseen, learner.world, count, config.data.bits)
@@ -200,6 +200,7 @@ def look(learner: Learner, examples: Examples, unseen: Stream, tracker: Tracker)
                     tracker.image(f"t{temperature:.2f}", learner.images, picture)
                 except DataError as error:  # a model on its way out; the guard is there to end the run, or not
                     tracker.event("no picture", images=learner.images, reason=str(error))
+    model.train()
     figures = {"val/bits_per_dim": float(bits.mean())}
     tracker.log(learner.images, figures)
     return figures
