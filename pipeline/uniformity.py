@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glow import Glow, latents_of_seeds
+from glow import Flow, latents_of_seeds
 from pipeline.sampling import Condition
 
 BINS = 20
@@ -67,7 +67,7 @@ def summarised(table: Tensor) -> tuple[Uniformity, ...]:
 
 
 @torch.no_grad()
-def own_samples(model: Glow, seeds: Sequence[int], condition: Condition) -> tuple[Kolmogorov, ...]:
+def own_samples(model: Flow, seeds: Sequence[int], condition: Condition) -> tuple[Kolmogorov, ...]:
     """Test the latents that the model finds in its own samples of seeds at temperature 1, level by level."""
     label, attributes = condition
     levels: list[list[Tensor]] = [[] for _ in model.latent_shapes()]
