@@ -72,7 +72,8 @@ def _about_model(config: TrainConfig, parameters: int) -> list[str]:
         what = f"L{model.levels} K{model.steps} width {model.width} {model.coupling} {model.mixing}"
     shapes = ", ".join("x".join(map(str, shape)) for shape in make_flow(little).latent_shapes())
     return [
-        f"model        {what}, {_number(parameters)} parameters; {model.classes} classes, {model.attributes} attributes",
+        f"model        {what}, {_number(parameters)} parameters; "
+        f"{model.classes} classes, {model.attributes} attributes",
         f"latents      {shapes}",
     ]
 
