@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glow import Glow
+from glow import Flow
 from pipeline.judge import Judge
 from pipeline.sampling import Condition, condition_of, sample
 
@@ -24,7 +24,7 @@ class Obedience:
 
 
 def obedience(
-    model: Glow, bits: int, editable: Sequence[str], judge: Judge, base: Condition, temperature: float
+    model: Flow, bits: int, editable: Sequence[str], judge: Judge, base: Condition, temperature: float
 ) -> dict[str, Obedience]:
     """Of every attribute that the judge may judge; one seed a row of the conditions `base`, the rest of which stays."""
     some = next((part for part in base if part is not None), None)
