@@ -11,8 +11,8 @@ import torch
 
 from glow import RealNVP, RealNVPConfig
 from glow.norm import batch_norms
-from pipeline.checkpoint import load_latest
-from pipeline.config import OptimConfig, TrainConfig, fingerprint, read_config, write_config
+from pipeline.checkpoint import accepting, load_latest
+from pipeline.config import OptimConfig, TrainConfig, decisive, fingerprint, read_config, write_config
 from pipeline.errors import ConfigError
 from pipeline.export import export_model, read_run
 from pipeline.manifest import open_manifest
@@ -49,8 +49,9 @@ def test_two_workers_end_in_the_bits_of_one_running_moments_included(tmp_path: P
     digests: list[str] = []
     tensors: list[dict[str, torch.Tensor]] = []
     for config in (alone, shared):
-        identity = fingerprint(resolved(config, manifest), manifest.digest)
-        loaded = load_latest(open_storage(config.storage).sub(config.name), World(), identity)
+        settings_of, digest = resolved(config, manifest), manifest.digest
+        accepted = accepting(fingerprint(settings_of, digest), decisive(settings_of, digest))
+        loaded = load_latest(open_storage(config.storage).sub(config.name), World(), accepted)
         assert loaded is not None
         tensors.append(loaded.tensors)
         digests.append(export_model(read_run(open_storage(f"{config.storage}/{config.name}")), manifest))
