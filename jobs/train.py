@@ -73,7 +73,8 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     for file in files:
         base = read_config(file, base)
     prog = f"python -m jobs train {name}"
-    return tyro.cli(TrainConfig, default=base, args=rest, prog=prog, description=__doc__), dry_run
+    one_family = (tyro.conf.AvoidSubcommands,)  # that of the preset: its settings are flags like all others
+    return tyro.cli(TrainConfig, default=base, args=rest, prog=prog, description=__doc__, config=one_family), dry_run
 
 
 def taken(words: list[str], flag: str) -> tuple[list[str], list[str]]:
