@@ -29,7 +29,7 @@ def plan(config: TrainConfig) -> str:
         *_about_run(config, manifest),
         *_about_data(config, manifest),
         *_about_model(config, parameters),
-        *(_about_memory(config, config.model, parameters) if isinstance(config.model, GlowConfig) else _about_couplings(config)),
+        *_about_memory(config, parameters),
         f"checkpoint   {_bytes(parameters * 4 * COPIES)} each, every {every} images, {config.schedule.keep} kept",
     ]
     return "\n".join(lines)
@@ -80,17 +80,18 @@ def _about_model(config: TrainConfig, parameters: int) -> list[str]:
 
 def _about_couplings(config: TrainConfig) -> list[str]:
     """What a RealNVP keeps by its anchors; a dial for couplings as deep as these is not worth a table."""
-    asked = config.memory.anchor_every
-    if asked == "plan":
-        planned(config, 0)
+    asked = planned(config, 0).anchor_every if config.memory.anchor_every == "plan" else config.memory.anchor_every
     return [
-        f"memory       anchor_every {' '.join(map(str, asked))}: 0 keeps every hidden map of a level, n its state every n members and two",
-        "             vectors of moments a coupling",
+        f"memory       anchor_every {' '.join(map(str, asked))}: 0 keeps every hidden map of a level, n its state",
+        "             every n members and two vectors of moments a coupling",
     ]
 
 
-def _about_memory(config: TrainConfig, model: GlowConfig, parameters: int) -> list[str]:
+def _about_memory(config: TrainConfig, parameters: int) -> list[str]:
     """Anchor settings from the fastest to the smallest, what each needs for a leaf; * marks the setting of this run."""
+    model = config.model
+    if isinstance(model, RealNVPConfig):
+        return _about_couplings(config)
     costs = level_costs(model, config.schedule.leaf, nets_dtype(config))
     device = torch.device("cuda" if config.cluster.gpu and torch.cuda.is_available() else "cpu")
     free = budget(config, parameters, device)
