@@ -225,7 +225,7 @@ def _conditioning(report: Report) -> str:
         '<th class="n">judge, held out</th><th></th></tr>'
     )
     note = "Samples asked for an attribute, and asked to be without it, as a classifier of held-out accuracy sees them."
-    return _card("Conditioning", note, _table(head, rows), "half")
+    return _card("Conditioning", note, _table(head, rows))
 
 
 def _round_trips(evaluation: Evaluation) -> str:
