@@ -14,7 +14,7 @@ from PIL import Image
 
 from jobs import train
 from jobs.stack import faults
-from jobs.stack.processes import Process, end, free_ports, inherited, listening, spawn
+from jobs.stack.processes import Process, belonging, end, free_ports, inherited, listening, spawn
 from pipeline.config import TrackingConfig
 from pipeline.errors import RemoteError
 from pipeline.storage import open_storage
@@ -59,8 +59,8 @@ class Server:
         end(self._proxy, signal.SIGKILL, 10)
 
     def stop(self) -> None:
-        """Stop both."""
-        end([*self._proxy, *self._server], signal.SIGKILL, 10)
+        """Stop both, and what the server started."""
+        end(belonging([*self._proxy, *self._server], ""), signal.SIGKILL, 10)
 
     def fail(self, **rule: object) -> None:
         """Let every request fail so; none without a rule."""
