@@ -13,6 +13,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,6 @@ class MlflowRun:
         self.run_id = find_run(self.client, config, description.name, description.key)
         run = self.client.get_run(self.run_id)
         self._last = {metric.key: metric.step for metric in run.to_proto().data.metrics}
-        self._shown = {
-            Path(file.path).name.split("+timestamp")[0] for file in self.client.list_artifacts(self.run_id, "images")
-        }
         self._describe(run.data.params, description.params)
         if description.inputs and not (run.inputs and run.inputs.dataset_inputs):
             self._log_input(description.inputs)
@@ -69,13 +67,21 @@ class MlflowRun:
             self._monitor = _system_metrics(self.run_id, self._uri)
 
     def show(self, event: Row, png: bytes) -> None:
-        """Put a picture into the run's image grid unless it is there."""
+        """Put a picture into the run's image grid: the files and the tag of MLflow's `log_image`, and its file names.
+
+        `log_image` makes a random name at every call, so a picture sent again after an outage would stand there twice.
+        """
+        from mlflow.tracking.multimedia import compress_image_size
+        from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
         from PIL import Image
 
-        name = f"{event['key'].replace('/', '~')}+step+{event['images']}"
-        if name not in self._shown:
-            picture = Image.open(io.BytesIO(png))
-            self.client.log_image(self.run_id, picture, key=event["key"], step=event["images"], timestamp=event["time"])
+        place = f"{event['key'].replace('/', '~')}+step+{event['images']}+timestamp+{event['time']}"
+        name = f"{place}+{uuid.uuid5(uuid.NAMESPACE_URL, place)}"
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / f"{name}.png").write_bytes(png)
+            compress_image_size(Image.open(io.BytesIO(png))).save(Path(scratch) / f"{name}+compressed.webp")
+            self.client.log_artifacts(self.run_id, scratch, "images")
+        self.client.set_tag(self.run_id, MLFLOW_LOGGED_IMAGES, True)
 
     def upload(self, key: str, data: bytes) -> None:
         """Copy a file of the run folder to the run's artifacts, replacing what is there."""

@@ -50,6 +50,7 @@ READERS = {
     "MLFLOW_AUTH_ADMIN_PASSWORD":     ("mlflow", "server/auth/config.py"),
     "MLFLOW_BACKEND_STORE_URI":       ("mlflow", "cli/__init__.py"),
     "MLFLOW_FLASK_SERVER_SECRET_KEY": ("mlflow", "server/auth/__init__.py"),
+    "RAY_API_SERVER_ADDRESS":         ("ray", "_private/ray_constants.py"),
     "RAY_AUTH_MODE":                  ("ray", "exceptions.py"),
     "RAY_AUTH_TOKEN":                 ("ray", "exceptions.py"),
     "RAY_AUTH_TOKEN_PATH":            ("ray", "exceptions.py"),

@@ -238,15 +238,11 @@ def varied(config: TrainConfig) -> TrainConfig:
     return replace(config, model=model, memory=MemoryConfig(anchor_every=(2,)))
 
 
-def varied_worker(world: World, config: TrainConfig) -> dict[str, float]:
-    return run(config)
-
-
 def test_variational_noise_is_learned_alike_by_any_number_of_workers(config: TrainConfig, tmp_path: Path) -> None:
     """Noise, its flow and the classifier: the same bits on two workers as on one, and figures for each part."""
     alone, two = varied(config), varied(replace(config, storage=str(tmp_path / "two")))
     figures = run(alone)
-    run_group(2, varied_worker, two)
+    run_group(2, worker, two)
     one, other = weights(alone), weights(two)
     assert {name for name in one if name.startswith("model/dequantizer.")}
     assert {name for name in one if name.startswith("model/classifier.")}
