@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 
+SMALL = "+compressed.webp"
+"""How the name of a picture's thumbnail ends in MLflow's image grid; it is sent after the picture."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
     """What is said about a run once, when it is opened."""
@@ -46,6 +50,8 @@ class MlflowRun:
         self.run_id = find_run(self.client, config, description.name, description.key)
         run = self.client.get_run(self.run_id)
         self._last = {metric.key: metric.step for metric in run.to_proto().data.metrics}
+        shown = [Path(file.path).name for file in self.client.list_artifacts(self.run_id, "images")]
+        self._shown = {name.split("+timestamp")[0] for name in shown if name.endswith(SMALL)}
         self._describe(run.data.params, description.params)
         if description.inputs and not (run.inputs and run.inputs.dataset_inputs):
             self._log_input(description.inputs)
@@ -67,7 +73,7 @@ class MlflowRun:
             self._monitor = _system_metrics(self.run_id, self._uri)
 
     def show(self, event: Row, png: bytes) -> None:
-        """Put a picture into the run's image grid: the files and the tag of MLflow's `log_image`, and its file names.
+        """Put a picture into the run's image grid unless it is there: the files and the tag of MLflow's `log_image`.
 
         `log_image` makes a random name at every call, so a picture sent again after an outage would stand there twice.
         """
@@ -75,12 +81,16 @@ class MlflowRun:
         from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_IMAGES
         from PIL import Image
 
-        place = f"{event['key'].replace('/', '~')}+step+{event['images']}+timestamp+{event['time']}"
-        name = f"{place}+{uuid.uuid5(uuid.NAMESPACE_URL, place)}"
+        place = f"{event['key'].replace('/', '~')}+step+{event['images']}"
+        if place in self._shown:
+            return
+        name = f"{place}+timestamp+{event['time']}+{uuid.uuid5(uuid.NAMESPACE_URL, place)}"
         with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / f"{name}.png").write_bytes(png)
-            compress_image_size(Image.open(io.BytesIO(png))).save(Path(scratch) / f"{name}+compressed.webp")
-            self.client.log_artifacts(self.run_id, scratch, "images")
+            whole, small = Path(scratch) / f"{name}.png", Path(scratch) / f"{name}{SMALL}"
+            whole.write_bytes(png)
+            compress_image_size(Image.open(io.BytesIO(png))).save(small)
+            for file in (whole, small):
+                self.client.log_artifact(self.run_id, str(file), "images")
         self.client.set_tag(self.run_id, MLFLOW_LOGGED_IMAGES, True)
 
     def upload(self, key: str, data: bytes) -> None:
