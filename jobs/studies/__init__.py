@@ -1,6 +1,6 @@
 """Studies: what a choice is worth, measured. Stopped, the same command goes on; started twice, two share the work.
 
-  python -m jobs studies [mixing | dequantization | conditioning | edits] [--folder studies] [--dry-run]
+  python -m jobs studies [mixing | families | dequantization | conditioning | edits] [--folder studies] [--dry-run]
 
 Every training of a study is kept as a result file in the folder; the table and the plot are made of those. Budgets
 count images, so that a busy machine changes nothing but the time it takes.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jobs.studies.cells import Cell, Result, Workshop
     from jobs.studies.plans import Measure, Outcome, Scale
 
-Name = Annotated[Literal["all", "mixing", "dequantization", "conditioning", "edits"], tyro.conf.Positional]
+Name = Annotated[Literal["all", "mixing", "families", "dequantization", "conditioning", "edits"], tyro.conf.Positional]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,11 +54,12 @@ def studies(
 def known(workshop: Workshop) -> dict[str, Callable[[Measure, Scale], Outcome]]:
     """The studies by name, in the order of the documents."""
     from jobs.studies import plans
-    from jobs.studies.costs import dequantization
+    from jobs.studies.costs import dequantization, families
     from jobs.studies.edits import edits
 
     return {
         "mixing": plans.mixing,
+        "families": families,
         "dequantization": dequantization,
         "conditioning": plans.conditioning,
         "edits": partial(edits, workshop),

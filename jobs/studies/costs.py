@@ -9,16 +9,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from glow import RealNVPConfig, make_flow
 from jobs.studies.cells import Cell, Result
-from jobs.studies.plans import Measure, Outcome, Scale, by_group, cell, compared
+from jobs.studies.plans import Measure, Outcome, Scale, affine_glow, by_group, cell, compared
+
+RESIDUALS = 2
+"""Of every coupling's network in the studies' RealNVP, as in its preset for 64 px."""
+
+
+def families(measure: Measure, scale: Scale) -> Outcome:
+    """Glow against RealNVP, at equal parameters and at equal time, on toy faces."""
+    ours = affine_glow(scale, "toy32")
+    width = realnvp_width(ours[0], scale)
+    realnvp = [realnvp_cell(scale, "realnvp", seed, width) for seed in range(scale.seeds)]
+    return at_equal_time(measure, ("Glow, affine", ours), (f"RealNVP, width {width}", realnvp))
 
 
 def dequantization(measure: Measure, scale: Scale) -> Outcome:
     """Variational against uniform dequantisation, at equal images and at equal time, on crops of photographs."""
-    seeds = range(scale.seeds)
-    uniform = [cell(scale, "uniform", "photos32", seed) for seed in seeds]
-    variational = [cell(scale, "variational", "photos32", seed, dequantization="variational") for seed in seeds]
-    return at_equal_time(measure, ("uniform", uniform), ("variational (bound)", variational))
+    variational = [
+        cell(scale, "variational", "photos32", seed, mixing="lu", dequantization="variational")
+        for seed in range(scale.seeds)
+    ]
+    return at_equal_time(measure, ("uniform", affine_glow(scale, "photos32")), ("variational (bound)", variational))
 
 
 def at_equal_time(measure: Measure, first: tuple[str, list[Cell]], second: tuple[str, list[Cell]]) -> Outcome:
@@ -45,3 +58,21 @@ def lasting(one: Cell, factor: float) -> Cell:
     longer = replace(schedule, images=images, checkpoint_every=max(images // 4, 1))
     config = replace(one.config, schedule=longer, evaluate=replace(evaluate, every=max(images // 8, 1)))
     return replace(one, name=f"{one.name}-longer", config=config)
+
+
+def realnvp_cell(scale: Scale, name: str, seed: int, width: int) -> Cell:
+    """A RealNVP under the settings of the studies' Glow."""
+    base = cell(scale, name, "toy32", seed)
+    model = RealNVPConfig(levels=scale.levels, width=width, residuals=RESIDUALS, classes=-1, attributes=-1)
+    return replace(base, config=replace(base.config, model=model))
+
+
+def realnvp_width(glow: Cell, scale: Scale) -> int:
+    """The width at which a RealNVP comes nearest to the parameters of a Glow for 32 px in colour."""
+    wanted = _parameters(glow)
+    return min(range(1, 65), key=lambda width: abs(_parameters(realnvp_cell(scale, "narrow", 0, width)) - wanted))
+
+
+def _parameters(one: Cell) -> int:
+    model = make_flow(replace(one.config.model, size=32, channels=3, classes=0, attributes=0))
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -78,6 +78,11 @@ def cell(scale: Scale, name: str, data: str, seed: int, **model: Any) -> Cell:
     return Cell(name=f"{name}-seed{seed}", data=data, config=config)
 
 
+def affine_glow(scale: Scale, data: str) -> list[Cell]:
+    """The Glow that several studies start from, affine with 1x1 convolutions, a cell a seed; trained once."""
+    return [cell(scale, f"{data}-affine-lu", data, seed, mixing="lu") for seed in range(scale.seeds)]
+
+
 DATA = {"photos32": "photographs", "toy32": "toy faces"}
 MIXINGS = {"reverse": "reverse", "shuffle": "shuffle", "lu": "1x1 convolution"}
 COUPLINGS = ("additive", "affine")
@@ -106,7 +111,6 @@ def mixing(measure: Measure, scale: Scale) -> Outcome:
 
 
 CONDITIONS: Mapping[str, Mapping[str, Any]] = {
-    "unconditional": {},
     "class in the top prior (released)": {"classes": 0},
     "class and attributes in the top prior": {"classes": 0, "attributes": 0},
     "and in the split priors": {"classes": 0, "attributes": 0, "condition_splits": True},
@@ -116,9 +120,9 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
 
 def conditioning(measure: Measure, scale: Scale) -> Outcome:
     """What does it bring in bits/dim to know the class and the attributes, and where should they enter?"""
-    groups = {
+    groups = {"unconditional": affine_glow(scale, "toy32")} | {
         name: [cell(scale, f"condition{number}", "toy32", seed, **model) for seed in range(scale.seeds)]
-        for number, (name, model) in enumerate(CONDITIONS.items())
+        for number, (name, model) in enumerate(CONDITIONS.items(), start=1)
     }
     return compared(by_group(measure, groups), "toy faces")
 

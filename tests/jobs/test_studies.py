@@ -96,6 +96,16 @@ def test_equal_time_is_more_images_for_the_cheaper(data: Path, tmp_path: Path) -
     assert int(rows[2][3]) >= 32
 
 
+def test_families_have_about_equal_parameters(data: Path, tmp_path: Path) -> None:
+    workshop = Workshop(Path(shutil.copytree(data, tmp_path / "studies")), PICTURES, print)
+    glow = plans.cell(replace(TINY, width=24), "glow", "toy32", 0)
+    width = costs.realnvp_width(glow, TINY)
+    (one,) = workshop.measure([costs.realnvp_cell(TINY, "realnvp", 0, width)])
+    (other,) = workshop.measure([glow])
+    assert 0.5 < one.parameters / other.parameters < 2
+    assert one.bits_per_dim is not None
+
+
 def test_a_cell_is_named_by_its_settings_and_not_by_its_places() -> None:
     cell = plans.cell(TINY, "some", "toy32", 0)
     assert key(cell) != key(replace(cell, config=replace(cell.config, seed=1)))
