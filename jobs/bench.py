@@ -46,14 +46,22 @@ COLUMNS = {
     "gradient": "gradient error",
     "dense": "dense",
     "lu": "LU",
+    "per_core": "images/s a core",
+    "x_loop": "x bare loop",
+    "x_wds": "x webdataset",
+    "resident": "MiB after 3 epochs",
+    "batch_ms": "ms/batch",
+    "x_clean": "x as it is",
+    "worst_ms": "worst",
+    "repeated": "repeated",
 }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows as aligned text."""
-    names = [name for name in COLUMNS if rows[0].get(name) is not None]
+    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
     cells = [[COLUMNS[name] for name in names]]
-    cells += [[_cell(name, row[name]) for name in names] for row in rows]
+    cells += [[_cell(name, row.get(name)) for name in names] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
@@ -61,9 +69,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _cell(name: str, value: str | float) -> str:
-    if isinstance(value, str | int):
-        return str(value)
+def _cell(name: str, value: str | float | None) -> str:
+    if value is None or isinstance(value, str | int):
+        return "" if value is None else str(value)
     if name in ("round_trip", "gradient"):
         return f"{value:.0e}"
     if name in ("maps_a_step", "dense", "lu"):
@@ -88,6 +96,13 @@ MODEL: Flags = (
 )
 ROUNDS: Flags = (("--rounds", 9, "times everything is measured"),)
 PLOT: Flags = (("--plot", "", "draw it into this file (PNG or SVG)"),)
+FACES: Flags = (
+    ("--size", 64, "image side in pixels"),
+    ("--images", 2000, "toy faces, nine tenths of which are read"),
+    ("--batch", 32, "images a batch"),
+    ("--rounds", 5, "epochs read by every way"),
+    ("--to", "", "prefix of S3 for the shards; they are removed afterwards"),
+)
 EVERYWHERE: Flags = (
     ("--json", False, "JSON instead of a table"),
     ("--dry-run", False, "say what would be measured, and stop"),
@@ -106,6 +121,14 @@ COMMANDS: dict[str, tuple[str, Flags]] = {
     "logdet": (
         "time of log-determinants, dense and LU, by channels",
         (("--channels", "12,24,48,96,192,384,768", "channels in turn"), *ROUNDS, *PLOT),
+    ),
+    "data": (
+        "images a second a core through the stream, beside plain webdataset and a bare loop",
+        (*FACES, ("--encodings", "png,raw,jpg,webp", "forms of the images in turn")),
+    ),
+    "faults": (
+        "time of a batch through a proxy in front of S3 that refuses, resets, stalls and cuts",
+        (*FACES, ("--pause", 50.0, "ms in the place of a training step")),
     ),
 }
 
@@ -214,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0, or 2 where the flags make no sense."""
     root = parser()
     options = root.parse_args(argv)
-    measure = {"drift": _drift, "logdet": _log_det}.get(options.command, _steps)
+    measure = {"drift": _drift, "logdet": _log_det, "data": _data, "faults": _data}.get(options.command, _steps)
     try:
         about, work = measure(options)
     except ValueError as error:
@@ -266,6 +289,12 @@ def _depth(options: argparse.Namespace) -> Measurement:
         return rows
 
     return describe(first) | {"headline": f"{headline(first)}; K = {', '.join(map(str, depths))}"}, work
+
+
+def _data(options: argparse.Namespace) -> Measurement:
+    from jobs import bench_data, bench_faults
+
+    return bench_data.data(options) if options.command == "data" else bench_faults.faults(options)
 
 
 def _drift(options: argparse.Namespace) -> Measurement:

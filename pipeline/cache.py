@@ -10,6 +10,7 @@ import fcntl
 import logging
 import os
 import secrets
+import shutil
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -19,10 +20,12 @@ from pathlib import Path
 from pipeline.errors import ConfigError, DataError
 from pipeline.shard_lines import Shard, refuse_changed
 from pipeline.shards import Foreign, ShardIndex, open_shard
-from pipeline.storage import Storage
+from pipeline.storage import FullDiskError, Storage, room_for
 
 OPENINGS = 3
 """Tries to open a shard that another process may evict between its check and its opening."""
+
+ROOMIER = "make room there, or set data.cache to a folder on a larger disk"
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,13 @@ class ShardCache:
             raise ConfigError(
                 f"no cache folder ({error.strerror})", where=str(folder), cure="set data.cache"
             ) from error
+
+    def refuse_small_disk(self, needed: int) -> None:
+        """ConfigError where the disk could not hold so many bytes of shards, those that are here among them."""
+        free = shutil.disk_usage(self._folder).free + sum(_listed(self._folder).values())
+        if free < needed:
+            found = f"{free / 1e9:.3g} GB of disk for shards of {needed / 1e9:.3g} GB that are read at a time"
+            raise FullDiskError(found, where=str(self._folder), cure=ROOMIER)
 
     def open(self, shard: Shard) -> ShardIndex:
         """Fetch a shard if need be, prove it, open it and keep it until `release`. May be called from many threads.
@@ -87,13 +97,25 @@ class ShardCache:
             except DataError as error:
                 log.warning("%s: cached copy of %s is damaged (%s), fetching it again", path, shard.file, error.what)
                 path.unlink(missing_ok=True)
-        with self._room(shard), _temporary(self._folder) as temporary:
-            self._storage.download(shard.file, temporary)
-            self.fetches += 1
-            refuse_changed(temporary, shard, self._storage.where(shard.file))
-            temporary.replace(path)
+        while not self._fetched(shard, path):
+            log.warning("%s is full: shards in use by nobody here made way for %s", self._folder, shard.file)
         self._verified.add(shard.sha256)
         return path
+
+    def _fetched(self, shard: Shard, path: Path) -> bool:
+        """Fetch a shard and prove it; False where a full disk made room first; `FullDiskError` where it cannot."""
+        try:
+            with self._room(shard), _temporary(self._folder) as temporary:
+                self._storage.download(shard.file, temporary)
+                self.fetches += 1
+                refuse_changed(temporary, shard, self._storage.where(shard.file))
+                temporary.replace(path)
+        except FullDiskError as error:
+            if not self._gave_way(shard.bytes):
+                found = f"no space left for {shard.file} of {shard.bytes / 1e6:.3g} MB"
+                raise FullDiskError(found, where=str(self._folder), cure=ROOMIER) from error
+            return False
+        return True
 
     @contextmanager
     def _room(self, shard: Shard) -> Iterator[None]:
@@ -102,12 +124,7 @@ class ShardCache:
             present = _listed(self._folder)
             coming = sum(size for name, size in self._incoming.items() if name not in present)
             excess = sum(present.values()) + coming + shard.bytes - self._limit
-            for name in self._evictable(present):
-                if excess <= 0:
-                    break
-                (self._folder / name).unlink(missing_ok=True)
-                self._used.pop(name, None)
-                excess -= present[name]
+            excess -= self._evicted(present, excess)
             if excess > 0:
                 found = f"{self._limit / 1e9:.3g} GB are full of shards in use"
                 cure = f"set data.cache_gb to {(self._limit + excess) / 1e9:.3g} or more"
@@ -118,6 +135,22 @@ class ShardCache:
         finally:
             with self._lock:
                 self._incoming.pop(shard.sha256, None)
+
+    def _gave_way(self, wanted: int) -> bool:
+        """Evict as much as is wanted, or all that may be; whether that was anything."""
+        with self._lock:
+            return self._evicted(_listed(self._folder), wanted) > 0
+
+    def _evicted(self, present: dict[str, int], wanted: int) -> int:
+        """Evict what was used longest ago until so many bytes are gone; how many are."""
+        gone = 0
+        for name in self._evictable(present):
+            if gone >= wanted:
+                break
+            (self._folder / name).unlink(missing_ok=True)
+            self._used.pop(name, None)
+            gone += present[name]
+        return gone
 
     def _evictable(self, present: dict[str, int]) -> list[str]:
         unknown = sorted(name for name in present if name not in self._used)
@@ -138,7 +171,7 @@ def _temporary(folder: Path) -> Iterator[Path]:
     """A new file that is gone afterwards unless renamed; locked meanwhile, so that others know it is not left over."""
     while True:
         path = folder / f".{secrets.token_hex(8)}.tmp"
-        with path.open("xb") as file:
+        with room_for(path), path.open("xb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not path.exists():
                 continue  # a sweep came between opening and locking

@@ -174,6 +174,7 @@ class Stream:
         if needed > self._limit:
             found = f"{self._limit / 1e9:.3g} GB of cache for {shards} shards read at a time"
             raise ConfigError(found, where=self._split.name, cure=f"set data.cache_gb to {needed / 1e9:.3g} or more")
+        self._cache.refuse_small_disk(needed)
         allow_open_files(shards)
         window = self._order.window * self._order.lanes * self.samples // len(self._split.shards)
         return max(DEPTH + 1, window // batch), shards

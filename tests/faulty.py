@@ -22,19 +22,27 @@ from jobs.stack.state import RAY_PORTS, Stack
 STARTS = 4
 """A raylet gives its agent 15 s to start and then breaks off: on a busy machine it may take another try."""
 
-FULL = """
+MOUNT = """
 set -e
-mount -t tmpfs -o size=256k tmpfs "$0"
-dd if=/dev/zero of="$0/everything" bs=4k 2>/dev/null || true
-exec "$@"
+mount -t tmpfs -o size=$1k tmpfs "$0"
+shift
 """
-"""Runs a command that alone sees a file system, mounted at the first argument, with no room left."""
+FILL = """
+dd if=/dev/zero of="$0/everything" bs=4k 2>/dev/null || true
+"""
+"""Run a command that alone sees a file system, mounted at the first argument; with no room left."""
+
+
+def with_small_disk(folder: Path, kib: int, command: list[str], filling: str = "") -> list[str]:
+    """The command, in a namespace of its own in which `folder` is a small disk; the mount goes with it."""
+    folder.mkdir(exist_ok=True)
+    script = f'{MOUNT}{filling}exec "$@"'
+    return ["unshare", "--mount", "--map-root-user", "sh", "-c", script, str(folder), str(kib), *command]
 
 
 def with_full_disk(folder: Path, command: list[str]) -> list[str]:
-    """The command, in a namespace of its own in which `folder` is a disk that is full; the mount goes with it."""
-    folder.mkdir(exist_ok=True)
-    return ["unshare", "--mount", "--map-root-user", "sh", "-c", FULL, str(folder), *command]
+    """The same with a disk that is full."""
+    return with_small_disk(folder, 256, command, FILL)
 
 
 def cannot_mount(folder: Path) -> str:

@@ -2,7 +2,7 @@
 
 POST /__faults {"rules": [{"match": "GET .*tar", "kind": "status", "status": 503, "times": 2}]} replaces the rules and
 answers what the old ones did: {"hits": [how often each struck], "requests": n}. The first rule whose `match` (a regular
-expression) finds itself in "METHOD path?query" and that has `times` left strikes:
+expression) finds itself in "METHOD path?query" strikes, if it has `times` left, at each `every`th such request:
 
   status    answer `status` with an S3 error body instead of asking the server
   reset     pass `after` bytes of the body, then reset the connection (0: before any answer)
@@ -37,11 +37,13 @@ class Rule:
     match: str
     kind: str
     times: int = 1
+    every: int = 1
     status: int = 503
     after: int = 0
     seconds: float = 3600.0
     rate: float = 1e6
     hits: int = 0
+    matches: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -50,10 +52,12 @@ class Rule:
 
     def strikes(self, line: str) -> bool:
         """Whether this request is hit; counts it."""
-        if self.hits >= self.times or not re.search(self.match, line):
+        if not re.search(self.match, line):
             return False
-        self.hits += 1
-        return True
+        self.matches += 1
+        struck = self.hits < self.times and self.matches % self.every == 0
+        self.hits += struck
+        return struck
 
 
 class Proxy:

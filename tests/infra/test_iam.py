@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.storage import Storage, _filesystem, open_storage
+from pipeline.storage import Storage, open_storage
+from pipeline.storage.s3 import filesystem
 from tests.infra.manifests import INFRA
 
 BUCKET = "arn:aws:s3:::glow"
@@ -193,9 +194,9 @@ def recorded() -> Iterator[set[str]]:
     def note(params: dict[str, Any], model: Any, **rest: Any) -> None:
         asked.add(model.name + (" if absent" if params.get("IfNoneMatch") == "*" else ""))
 
-    filesystem = _filesystem()
-    filesystem.connect()
-    events = filesystem.s3.meta.events
+    client = filesystem()
+    client.connect()
+    events = client.s3.meta.events
     events.register("provide-client-params.s3", note)
     try:
         yield asked

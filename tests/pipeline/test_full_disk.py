@@ -1,0 +1,86 @@
+"""A disk that is too small for the cache: what can make way does, and what cannot ends in one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.storage import open_storage
+from tests.faulty import cannot_mount, with_small_disk
+from tests.pipeline.tiny import build
+
+ROOT = Path(__file__).parents[2]
+COUNTS = (6,) * 40
+"""Shards of 20 KiB: 8 of them, two windows of the only lane, are open at a time."""
+
+FRAME = """
+import logging, sys
+from pathlib import Path
+from pipeline.errors import PipelineError
+from pipeline.order import Order
+from pipeline.storage import open_storage
+from tests.pipeline.tiny import check, opened
+
+logging.basicConfig(format="%(message)s")
+order, seen = Order((6,) * 40, 11, 5), []
+cache = Path(sys.argv[2])
+try:
+    with opened(open_storage(sys.argv[1]), cache, order, room=1 << 30) as stream:
+        {body}
+except PipelineError as error:
+    print(f"error: {{error}}", file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+EPOCH = FRAME.format(
+    body="""
+        for batch in stream.batches(0, 11, stop=stream.samples):
+            check(batch)
+            seen += batch.samples.tolist()
+        assert sorted(seen) == list(range(240))
+"""
+)
+
+FILLED = FRAME.format(
+    body="""
+        stream.fetch(np.arange(60))
+        with (cache.parent / "of somebody else").open("wb", buffering=0) as other:
+            while shutil.disk_usage(cache).free:
+                other.write(bytes(4096))
+        stream._cache._held.update(path.name for path in cache.iterdir())
+        stream.fetch(np.arange(200, 240))
+"""
+)
+FILLED = f"import shutil\nimport numpy as np\n{FILLED}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    url = str(tmp_path / "data") if request.param == "folder" else f"{request.getfixturevalue('s3')}/small"
+    build(open_storage(url), COUNTS)
+    return url
+
+
+def on_a_disk_of(kib: int, disk: Path, program: str, where: str) -> subprocess.CompletedProcess[str]:
+    command = with_small_disk(disk, kib, [sys.executable, "-c", program, where, str(disk / "cache")])
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_full_disk_evicts_and_goes_on_or_ends_in_a_line(where: str, tmp_path: Path) -> None:
+    """The cache may take a gigabyte; its disk has room for 12 shards, for 6, and for none but those in use."""
+    disk = tmp_path / "disk"
+    if unmountable := cannot_mount(disk):
+        pytest.skip(f"no small disk can be made here ({unmountable})")
+    done = on_a_disk_of(240, disk, EPOCH, where)
+    assert done.returncode == 0, done.stderr
+    assert "is full: shards in use by nobody here made way for train-0000" in done.stderr
+    small = on_a_disk_of(120, disk, EPOCH, where)
+    assert (small.returncode, small.stderr.count("\n")) == (3, 1), small.stderr
+    assert "GB of disk for shards of 0.000164 GB that are read at a time; make room there, or set" in small.stderr
+    filled = on_a_disk_of(400, disk, FILLED, where)
+    assert filled.returncode == 3, filled.stderr
+    assert "no space left for train-0000" in filled.stderr.splitlines()[-1]
+    assert filled.stderr.splitlines()[-1].endswith("make room there, or set data.cache to a folder on a larger disk")
