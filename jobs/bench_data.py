@@ -103,9 +103,9 @@ def _silent(done: int) -> None:
 def _prepared(folder: Path, encoding: str) -> Manifest:
     """Shards of the faces: our own, or, for lossy forms, such as others write, taken in place."""
     own = encoding if encoding not in LOSSY else "png"
-    plan = make_plan(open_source(str(folder / "source")), Options(encoding=own, samples_per_shard=128), 1, _silent)
+    plan = make_plan(open_source(str(folder / "source")), Options(encoding=own, samples_per_shard=128), map, _silent)
     storage = open_storage(str(folder / "shards"))
-    manifest = build(plan, storage, workers=1, restart=False, report=_silent)
+    manifest = build(plan, storage, mapped=map, restart=False, report=_silent)
     return manifest if encoding == own else _in_place(manifest, open_storage(str(folder / encoding)), encoding)
 
 
@@ -123,7 +123,7 @@ def _in_place(manifest: Manifest, storage: Storage, encoding: str) -> Manifest:
                     key = f"{number:06d}"
                     out.write({"__key__": key, encoding: picture.getvalue(), "json": json.dumps(row).encode()})
             storage.write(shard.file, buffer.getvalue())
-    return write_manifest(storage, *survey(storage, "auto", 0, "CC0-1.0", 1, _silent))
+    return write_manifest(storage, *survey(storage, "auto", 0, "CC0-1.0", map, _silent))
 
 
 def _samples(manifest: Manifest, file: str, count: int) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import tempfile
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pipeline.prepare import Options, Plan
     from pipeline.sources import Source
     from pipeline.storage import Storage
+    from pipeline.workers import OrderedMap
 
 Kind = Literal["auto", "folder", "celebamask-hq", "celeba", "celeba-tfr", "parquet", "cifar10", "npz", "webdataset"]
 
@@ -31,6 +33,12 @@ Prefix = Annotated[str, tyro.conf.arg(metavar="PREFIX")]
 
 def main(argv: Sequence[str]) -> int:
     """Run one of toy, prepare, verify, show."""
+    if argv[:1] == ["prepare"] and any(word.startswith(("http://", "https://")) for word in argv):
+        from jobs.cluster.tasks import sent
+        from jobs.train import taken
+
+        addresses, words = taken(list(argv), "--address")
+        return sent(addresses[-1], ["data", *words])
     commands = {"toy": toy, "prepare": prepare, "verify": verify, "show": show}
     return tyro.extras.subcommand_cli_from_dict(
         commands,
@@ -78,6 +86,7 @@ def prepare(
     licence: Annotated[str, tyro.conf.arg(name="license")] = "",
     convert: bool = False,
     workers: int = 0,
+    address: str = "",
     restart: bool = False,
     dry_run: bool = False,
 ) -> int:
@@ -97,18 +106,21 @@ def prepare(
         licence: Licence of the pictures; empty takes the source's LICENSE file, or what its kind is known for.
         convert: Accept alpha, CMYK, 16 bits and grey among colour, and convert them.
         workers: Processes; 0 takes one a core.
+        address: Let a Ray cluster do it, whose nodes see SOURCE as it is named here: the job server http://HOST:8265,
+            which gets this very command, or auto, the cluster this machine is part of.
         restart: Drop an unfinished build that had other options.
         dry_run: Look at every file, say what would be written, write nothing.
     """
     from pipeline.prepare import Options
     from pipeline.sources import open_source
 
-    if in_place:
-        if dest or size or max_images or samples_per_shard or convert or restart or encoding != "png":
-            raise UsageError("--in-place changes no shard", cure="it takes --split, --seed, --license, --workers")
-        return _adopt(source, split, seed, licence, workers or cores(), dry_run)
-    if not dest:
+    if in_place and (dest or size or max_images or samples_per_shard or convert or restart or encoding != "png"):
+        raise UsageError("--in-place changes no shard", cure="it takes --split, --seed, --license, --workers")
+    if not in_place and not dest:
         raise UsageError("no DEST", cure="python -m jobs data prepare SOURCE DEST")
+    if in_place:
+        with working(workers, address) as mapped:
+            return _adopt(source, split, seed, licence, mapped, dry_run)
     options = Options(
         size=size,
         split=split,
@@ -118,18 +130,34 @@ def prepare(
         convert=convert,
         encoding=encoding,
     )
-    with tempfile.TemporaryDirectory(prefix="glow-prepare-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="glow-prepare-") as scratch, working(workers, address) as mapped:
         found = open_source(source, kind, Path(scratch)).licensed(licence)
-        return _pack(found, options, open_storage(dest), workers or cores(), restart=restart, dry_run=dry_run)
+        return _pack(found, options, open_storage(dest), mapped, restart=restart, dry_run=dry_run)
 
 
-def _pack(found: Source, options: Options, storage: Storage, workers: int, *, restart: bool, dry_run: bool) -> int:
+@contextlib.contextmanager
+def working(workers: int, address: str) -> Iterator[OrderedMap]:
+    """Who does the work: processes of this machine, or a cluster."""
+    from pipeline.workers import ordered_map
+
+    if address:
+        from jobs.cluster.tasks import connected
+
+        with connected(address, workers) as mapped:
+            yield mapped
+    else:
+        yield functools.partial(ordered_map, workers=workers or cores())
+
+
+def _pack(
+    found: Source, options: Options, storage: Storage, mapped: OrderedMap, *, restart: bool, dry_run: bool
+) -> int:
     """Plan, say what is planned, and build."""
     from pipeline.prepare import BUILDING, build, built_already, make_plan
 
     start = time.perf_counter()
     with progress("look", min(options.max_images or len(found.items), len(found.items))) as report:
-        plan = make_plan(found, options, workers, report)
+        plan = make_plan(found, options, mapped, report)
     _print_plan(found, plan)
     manifest = built_already(plan, storage)
     if manifest is not None:
@@ -141,20 +169,20 @@ def _pack(found: Source, options: Options, storage: Storage, workers: int, *, re
         print(f"dry run: nothing written to {storage.url}")
         return 0
     with progress("pack", plan.images) as report:
-        manifest = build(plan, storage, workers=workers, restart=restart, report=report)
+        manifest = build(plan, storage, mapped=mapped, restart=restart, report=report)
     seconds = time.perf_counter() - start
     print(f"{storage.url}: {plan.images} images in {seconds:.1f} s, digest {manifest.digest}")
     return 0
 
 
-def _adopt(where: str, split: str, seed: int, licence: str, workers: int, dry_run: bool) -> int:
+def _adopt(where: str, split: str, seed: int, licence: str, mapped: OrderedMap, dry_run: bool) -> int:
     """Write a manifest for shards of others, or say what it would say."""
     from pipeline.in_place import survey
     from pipeline.manifest import write_manifest
 
     start, storage = time.perf_counter(), open_storage(where)
     with progress("read", 0) as report:
-        root, splits = survey(storage, split, seed, licence, workers, report)
+        root, splits = survey(storage, split, seed, licence, mapped, report)
     for name, (_, shards) in splits.items():
         print(f"  {name}: {sum(shard.samples for shard in shards)} images in {len(shards)} shards")
     form = (

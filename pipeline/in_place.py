@@ -25,7 +25,7 @@ from pipeline.sources.tables import split_name
 from pipeline.sources.webdataset import class_names, is_sign, samples
 from pipeline.splits import assign, named_rule
 from pipeline.storage import Storage, canonical_json, sha256_file, sha256_hex
-from pipeline.workers import ordered_map
+from pipeline.workers import OrderedMap
 
 MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 CURE = "pack the images anew: data prepare SOURCE DEST --size N"
@@ -42,14 +42,14 @@ class Survey:
 
 
 def survey(
-    storage: Storage, split: str, seed: int, licence: str, workers: int, report: Callable[[int], None]
+    storage: Storage, split: str, seed: int, licence: str, mapped: OrderedMap, report: Callable[[int], None]
 ) -> tuple[Root, dict[str, tuple[Counts, Sequence[Shard]]]]:
     """Read every tar under a prefix; the root of their manifest and their splits, ready to be written."""
     keys = [key for key in storage.list() if key.endswith(".tar")]
     if not keys:
         raise DataError("no .tar here", where=storage.url, cure="--in-place takes a prefix of WebDataset shards")
     found = {}
-    for key, own in zip(keys, ordered_map(partial(_read, storage), keys, workers), strict=True):
+    for key, own in zip(keys, mapped(partial(_read, storage), keys), strict=True):
         found[key] = own
         report(own.shard.samples)
     image = _common(storage, found)

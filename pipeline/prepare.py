@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import PIL
@@ -34,7 +34,7 @@ from pipeline.sources import Item, Source
 from pipeline.splits import assign, named_rule, subset
 from pipeline.storage import MissingError, Storage, canonical_json, sha256_hex
 from pipeline.verify import problems
-from pipeline.workers import ordered_map
+from pipeline.workers import OrderedMap
 
 VERSION = "1"
 """Raised by hand when the same plan would give other bytes."""
@@ -44,6 +44,8 @@ CLAIM = f"{BUILDING}/plan.json"
 SHARD_SAMPLES = 512
 SHARD_BYTES = 256 * 2**20
 MAX_SHARDS = 20_000
+SCANNED = 32
+"""Pictures that are looked at in one piece of work."""
 
 Report = Callable[[int], None]
 Picture = tuple[Item, str]
@@ -100,13 +102,13 @@ class ShardTask:
     encoding: str
 
 
-def make_plan(source: Source, options: Options, workers: int, report: Report) -> Plan:
+def make_plan(source: Source, options: Options, mapped: OrderedMap, report: Report) -> Plan:
     """Read every picture's header and digest, refuse what does not fit together, fix splits and order."""
     items = subset(source.items, options.max_images, options.seed)
     headers = []
-    for header in ordered_map(_scan, items, workers):
-        headers.append(header)
-        report(1)
+    for found in mapped(_scan, [items[start : start + SCANNED] for start in range(0, len(items), SCANNED)]):
+        headers += found
+        report(len(found))
     files = {item.where: header for item, header in zip(items, headers, strict=True)}
     image = replace(common_form(files, options.size, convert=options.convert), encoding=options.encoding)
     digests = {item.source: header.sha256 for item, header in zip(items, headers, strict=True)}
@@ -143,7 +145,7 @@ def built_already(plan: Plan, storage: Storage) -> Manifest | None:
     return manifest
 
 
-def build(plan: Plan, storage: Storage, *, workers: int, restart: bool, report: Report) -> Manifest:
+def build(plan: Plan, storage: Storage, *, mapped: OrderedMap, restart: bool, report: Report) -> Manifest:
     """Write the dataset of a plan, or what is missing of it.
 
     `ConflictError` where anything else is under the prefix: an unfinished build of another plan (unless `restart`),
@@ -151,7 +153,7 @@ def build(plan: Plan, storage: Storage, *, workers: int, restart: bool, report: 
     """
     _take(plan, storage, restart)
     shards: dict[str, list[Shard]] = {name: [] for name in plan.splits}
-    for task, shard in zip(_tasks(plan, storage), ordered_map(pack_shard, _tasks(plan, storage), workers), strict=True):
+    for task, shard in zip(_tasks(plan, storage), mapped(pack_shard, _tasks(plan, storage)), strict=True):
         shards[task.name.rpartition("-")[0]].append(shard)
         report(shard.samples)
     manifest = write_manifest(storage, plan.root, {name: (_count(plan, name), own) for name, own in shards.items()})
@@ -190,8 +192,8 @@ def tool() -> Tool:
     )
 
 
-def _scan(item: Item) -> Header:
-    return inspect(item.read(), item.where)
+def _scan(items: Sequence[Item]) -> list[Header]:
+    return [inspect(item.read(), item.where) for item in items]
 
 
 def _inputs(root: Root, splits: Mapping[str, tuple[Picture, ...]], samples: int, options: Options) -> str:

@@ -1,4 +1,4 @@
-"""An ordered map over processes that end with their parent, however that ends."""
+"""An ordered map: the builtin `map`, or over processes that end with their parent, however that ends."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from pipeline.errors import PipelineError
 
 A = TypeVar("A")
 B = TypeVar("B")
+
+
+class OrderedMap(Protocol):
+    """Whoever does the work: `function(item)` in the order of the items, the first exception at its place."""
+
+    def __call__(self, function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]: ...
 
 
 def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:

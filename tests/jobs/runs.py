@@ -48,8 +48,8 @@ def dataset() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="glow-test-runs-"))
     write_toy(folder / "source", images=160, size=16, seed=0)
     options, source = Options(samples_per_shard=16), open_source(str(folder / "source"))
-    plan = make_plan(source, options, workers=1, report=lambda images: None)
-    build(plan, open_storage(str(folder / "data")), workers=1, restart=False, report=lambda images: None)
+    plan = make_plan(source, options, map, report=lambda images: None)
+    build(plan, open_storage(str(folder / "data")), mapped=map, restart=False, report=lambda images: None)
     return folder / "data"
 
 

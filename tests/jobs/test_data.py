@@ -24,6 +24,7 @@ from pipeline.storage import Storage, open_storage, sha256_file
 from pipeline.toy import toy_image, write_toy
 from pipeline.workers import ordered_map
 from tests.pipeline.layouts import shard_writer
+from tests.running import RunningStack
 
 COMMAND = [sys.executable, "-m", "jobs", "data"]
 
@@ -292,6 +293,37 @@ def test_into_s3(faces: Path, tmp_path: Path, s3: str) -> None:
     assert prepared(faces, dest, "--samples-per-shard", "40").digest == local.digest
     with pytest.raises(ConflictError):
         prepared(faces, dest, "--seed", "1")
+
+
+def test_a_cluster_writes_the_same_bytes(faces: Path, tmp_path: Path, stack: RunningStack) -> None:
+    """Tasks on the stack's nodes, straight to S3; a refusal of a task is the command's own."""
+    local = prepared(faces, str(tmp_path / "set"), "--samples-per-shard", "20")
+    address = stack.environment["RAY_API_SERVER_ADDRESS"]
+    done = stack.jobs("data", "prepare", str(faces), "s3://glow/by-ray", "--samples-per-shard=20", "--address", address)
+    assert local.digest in done.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in stack.s3_environment.items():
+            patch.setenv(name, value)
+        assert contents(open_storage("s3://glow/by-ray")) == contents(local.storage)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "broken.png").write_bytes(b"no picture")
+    words = ["data", "prepare", str(tmp_path / "source"), "s3://glow/broken", "--address", address]
+    refused = stack.jobs(*words, check=4).stdout
+    assert "error: " in refused
+    assert "broken.png: not a picture we read" in refused
+
+
+def test_shards_of_others_get_a_manifest_in_place_on_s3(tmp_path: Path, s3: str) -> None:
+    shard_writer(tmp_path, 10)
+    dest, local = open_storage(f"{s3}/{uuid.uuid4().hex}"), open_storage(str(tmp_path))
+    for key in local.list():
+        dest.upload(tmp_path / key, key)
+    shards = contents(dest)
+    assert main(["prepare", dest.url, "--in-place", "--workers", "2"]) == 0
+    assert main(["verify", dest.url, "--deep", "--workers", "1"]) == 0
+    assert {key: data for key, data in contents(dest).items() if key.endswith(".tar")} == shards
+    assert main(["prepare", str(tmp_path), "--in-place", "--workers", "1"]) == 0
+    assert open_manifest(dest).digest == open_manifest(local).digest
 
 
 def test_shards_of_others_get_a_manifest_in_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,8 +52,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     for number, pixels in enumerate(gaussian_pixels(0, IMAGES)):
         Image.fromarray(pixels).save(folder / "images" / f"{number:03d}.png")
     options = Options(split="random:0:0.8", samples_per_shard=80)
-    plan = make_plan(open_source(str(folder / "images")), options, workers=1, report=lambda images: None)
-    build(plan, open_storage(str(folder / "data")), workers=1, restart=False, report=lambda images: None)
+    plan = make_plan(open_source(str(folder / "images")), options, map, report=lambda images: None)
+    build(plan, open_storage(str(folder / "data")), mapped=map, restart=False, report=lambda images: None)
     return open_manifest(open_storage(str(folder / "data")))
 
 

@@ -32,8 +32,8 @@ HQ = "CelebAMask-HQ"
 def prepared(source: Path, dest: Path, options: Options, kind: str = "auto") -> Manifest:
     scratch = dest.with_name("scratch")
     scratch.mkdir(exist_ok=True)
-    plan = make_plan(open_source(str(source), kind, scratch), options, workers=1, report=lambda images: None)
-    return build(plan, open_storage(str(dest)), workers=1, restart=False, report=lambda images: None)
+    plan = make_plan(open_source(str(source), kind, scratch), options, map, report=lambda images: None)
+    return build(plan, open_storage(str(dest)), mapped=map, restart=False, report=lambda images: None)
 
 
 def read_back(manifest: Manifest, cache: Path) -> list[Expected]:
@@ -103,7 +103,7 @@ def test_shards_of_others_are_read_in_place_untouched(tmp_path: Path, name: str)
     expected = LAYOUTS[name][1](tmp_path, 24)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     storage = open_storage(str(tmp_path))
-    root, splits = survey(storage, "auto", 0, "CC0-1.0", 1, lambda images: None)
+    root, splits = survey(storage, "auto", 0, "CC0-1.0", map, lambda images: None)
     manifest = write_manifest(storage, root, splits)
     assert {path: path.read_bytes() for path in before} == before
     assert open_manifest(storage) == manifest
@@ -183,12 +183,12 @@ def test_shards_that_no_batch_can_hold_are_not_taken_in_place(tmp_path: Path) ->
     with tarfile.open(tmp_path / "train-000001.tar", "w") as archive:
         layouts.add(archive, "1.png", other)
     with pytest.raises(DataError, match=r"train-000001\.tar: holds png of 8 px.*data prepare SOURCE DEST --size"):
-        survey(storage, "auto", 0, "", 1, lambda images: None)
+        survey(storage, "auto", 0, "", map, lambda images: None)
     with tarfile.open(tmp_path / "train-000001.tar", "w") as archive:
         layouts.add(archive, "1.png", layouts.png(layouts.pixels_of(1)))
         layouts.add(archive, "2.png", other)
     with pytest.raises(DataError, match=r"train-000001\.tar.*2: image is 8x8 RGB, expected 32x32 RGB"):
-        survey(storage, "auto", 0, "", 1, lambda images: None)
+        survey(storage, "auto", 0, "", map, lambda images: None)
 
 
 def test_crc32c_of_known_strings() -> None:

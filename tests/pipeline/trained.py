@@ -33,8 +33,8 @@ def trained() -> Trained:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_toy(folder / "source", images=80, size=16, seed=0)
     source = open_source(str(folder / "source"))
-    plan = make_plan(source, Options(split="random:0:0.25", samples_per_shard=8), workers=1, report=lambda images: None)
-    build(plan, open_storage(str(folder / "data")), workers=1, restart=False, report=lambda images: None)
+    plan = make_plan(source, Options(split="random:0:0.25", samples_per_shard=8), map, report=lambda images: None)
+    build(plan, open_storage(str(folder / "data")), mapped=map, restart=False, report=lambda images: None)
     config = TrainConfig(
         name="tiny",
         storage=str(folder / "runs"),
