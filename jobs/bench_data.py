@@ -40,7 +40,7 @@ from pipeline.stream import Stream
 from pipeline.toy import write_toy
 
 CACHE_BYTES, EPOCHS = 1 << 40, 3
-LOSSY = {"jpg": {"format": "JPEG", "quality": 90}, "webp": {"format": "WEBP", "quality": 90}}
+LOSSY: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 90}, "webp": {"format": "WEBP", "quality": 90}}
 Row = dict[str, Any]
 Measurement = tuple[dict[str, Any], Callable[[], list[Row]]]
 
@@ -155,19 +155,16 @@ def ways(manifest: Manifest, batch: int) -> list[Way]:
 
 def _webdataset(manifest: Manifest, batch: int, bare: Callable[[bytes], np.ndarray]) -> int:
     """An epoch of plain webdataset, as its documentation has it."""
-    import webdataset
+    from webdataset.filters import batched, map_dict, to_tuple
+    from webdataset.pipeline import DataPipeline
+    from webdataset.shardlists import SimpleShardList
+    from webdataset.tariterators import group_by_keys, tar_file_expander, tarfile_to_samples
 
-    files = [shard.file for shard in manifest.split("train").shards]
-    if manifest.storage.local is None:
-        parts = [webdataset.SimpleShardList(files), _opener(manifest.storage), webdataset.tar_file_expander]
-        samples = webdataset.DataPipeline(*parts, webdataset.group_by_keys)
-    else:
-        samples = webdataset.WebDataset([str(manifest.storage.local / file) for file in files], shardshuffle=False)
-    encoding, count = manifest.image.encoding, 0
-    decoded = samples.map_dict(**{encoding: bare, "json": json.loads})
-    for pixels, _ in decoded.to_tuple(encoding, "json").batched(batch):
-        count += len(pixels)
-    return count
+    encoding, folder = manifest.image.encoding, manifest.storage.local
+    files = [shard.file if folder is None else str(folder / shard.file) for shard in manifest.split("train").shards]
+    opened = [_opener(manifest.storage), tar_file_expander, group_by_keys] if folder is None else [tarfile_to_samples()]
+    decoded = map_dict(**{encoding: bare, "json": json.loads}), to_tuple(encoding, "json"), batched(batch)
+    return sum(len(pixels) for pixels, _ in DataPipeline(SimpleShardList(files), *opened, *decoded))
 
 
 def _opener(storage: Storage) -> Callable[[Iterator[dict[str, Any]]], Iterator[dict[str, Any]]]:
