@@ -128,7 +128,7 @@ COMMANDS: dict[str, tuple[str, Flags]] = {
     ),
     "faults": (
         "time of a batch through a proxy in front of S3 that refuses, resets, stalls and cuts",
-        (*FACES, ("--pause", 50.0, "ms in the place of a training step")),
+        (*FACES, ("--pause", 50, "ms in the place of a training step")),
     ),
 }
 

@@ -37,7 +37,7 @@ def faults(options: argparse.Namespace) -> Measurement:
     """Time of a batch with and without faults."""
     if not options.to.startswith("s3://"):
         raise ValueError("--to is s3://bucket/prefix: faults are of a network")
-    what = f"{options.images} toy faces of {options.size} px, batch {options.batch}, {options.pause:g} ms a step"
+    what = f"{options.images} toy faces of {options.size} px, batch {options.batch}, {options.pause} ms a step"
     return {"headline": f"{what}; {versions()}"}, lambda: _faulty_rows(options)
 
 

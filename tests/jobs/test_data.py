@@ -20,10 +20,10 @@ from jobs.data import main
 from pipeline.errors import ConflictError, DataError, PipelineError, UsageError
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.shards import decode, open_shard
-from pipeline.storage import Storage, open_storage, sha256_file
+from pipeline.storage import Storage, open_storage, sha256_file, sha256_hex
 from pipeline.toy import toy_image, write_toy
 from pipeline.workers import ordered_map
-from tests.pipeline.layouts import shard_writer
+from tests.pipeline.layouts import celebamask_hq, shard_writer
 from tests.running import RunningStack
 
 COMMAND = [sys.executable, "-m", "jobs", "data"]
@@ -245,6 +245,23 @@ def test_a_killed_build_goes_on(faces: Path, tmp_path: Path, shards: int) -> Non
     assert again.digest == whole.digest
     assert contents(again.storage) == contents(whole.storage)
     assert {name: (dest / name).stat().st_mtime_ns for name in noted} == kept
+
+
+@pytest.mark.nightly
+def test_thirty_thousand_pictures_have_one_digest(tmp_path: Path) -> None:
+    """One worker, two, and two that were killed: every byte the same; docs/data-format.md has the time."""
+    source, many = tmp_path / "source", ("--workers", "2")
+    celebamask_hq(source, 30_000)
+    one = prepared(source, str(tmp_path / "one"))
+    assert sum(split.samples for split in one.splits.values()) == 30_000
+    two = prepared(source, str(tmp_path / "two"), *many)
+    command = [*COMMAND, "prepare", str(source), str(tmp_path / "killed"), *many]
+    killed_while_building(command, tmp_path / "killed", 20)
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    again = prepared(source, str(tmp_path / "killed"), *many)
+    assert one.digest == two.digest == again.digest
+    sums = [{key: sha256_hex(each.storage.read(key)) for key in each.storage.list()} for each in (one, two, again)]
+    assert sums[0] == sums[1] == sums[2]
 
 
 @pytest.fixture

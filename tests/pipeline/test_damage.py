@@ -172,6 +172,19 @@ def test_a_damaged_shard_is_quarantined_counted_and_tagged(tmp_path: Path, caplo
     assert "quarantined 1 samples" in caplog.text
 
 
+def test_every_damage_is_quarantined(tmp_path: Path) -> None:
+    """The whole matrix: a neighbour stands in for the only sample of the shard, tagged and counted."""
+    storage = open_storage(str(tmp_path / "data"))
+    build(storage, MANY)
+    for name, data in damages(storage.read("train-000000.tar")):
+        storage.write("train-000000.tar", data)
+        with opened(storage, tmp_path / "cache", Sequential(MANY), ROOM * 8, damaged="quarantine") as stream:
+            batch = stream.fetch(np.arange(3))
+            assert batch.stand_ins.tolist() == [True, False, False], name
+            assert np.array_equal(batch.pixels[0].permute(1, 2, 0).numpy(), pixels_of(1)), name
+            assert stream.figures()["data/samples_quarantined"] == 1, name
+
+
 def test_more_than_one_in_a_thousand_is_refused(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path / "data"))
     build(storage, MANY)

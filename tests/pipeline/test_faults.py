@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jobs.bench_faults import RULES
 from jobs.stack.processes import free_ports
 from pipeline.errors import RemoteError
+from pipeline.order import Sequential
 from pipeline.storage import open_storage
 from tests.pipeline.tiny import BATCH, SHARDS, build, check, opened, taken
+from tests.running import jobs
 
 FAULTS = Path(__file__).parents[2] / "jobs" / "stack" / "faults.py"
 Order = Callable[..., list[int]]
@@ -73,6 +76,23 @@ def test_every_sample_comes_once_through_refusals_resets_stalls_and_cuts(s3: str
     assert repeated >= 11
 
 
+def test_an_epoch_over_a_bad_network(s3: str, order: Order, tmp_path: Path) -> None:
+    """What `bench faults` orders: every fifth request refused, bodies reset, cut, stalled for 2 s."""
+    storage, counts = open_storage(f"{s3}/faulty-many"), (3,) * 96
+    build(storage, counts)
+    order(*({"match": r"GET .*\.tar", "times": 10_000, **rule} for rule in RULES))
+    with opened(storage, tmp_path / "cache", Sequential(counts)) as stream:
+        batches = list(stream.batches(0, BATCH, stop=stream.samples))
+        repeated = stream.figures()["data/requests_repeated"]
+    for batch in batches:
+        check(batch)
+    assert [sample for batch in batches for sample in batch.samples.tolist()] == list(range(sum(counts)))
+    hits = order()
+    assert all(hits)
+    assert hits[0] >= 96 // 5
+    assert repeated >= sum(hits)
+
+
 def test_a_service_that_is_away_for_good_is_one_line_and_exit_7(s3: str, order: Order, tmp_path: Path) -> None:
     storage = open_storage(f"{s3}/faulty")
     build(storage)
@@ -82,3 +102,6 @@ def test_a_service_that_is_away_for_good_is_one_line_and_exit_7(s3: str, order: 
             stream.fetch(np.arange(1))
     assert caught.value.exit_code == 7
     assert "\n" not in str(caught.value)
+    refused = jobs("data", "verify", storage.url, "--deep", "--workers", "1")
+    assert (refused.returncode, refused.stderr.count("\n")) == (7, 1), refused.stderr
+    assert refused.stderr.startswith("error: ")

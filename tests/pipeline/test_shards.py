@@ -89,12 +89,15 @@ def test_webdataset_reads_our_shards(tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [[f"{number:08d}", [1, 0, -1], pixels] for number in range(5)]
 
 
-def test_tar_lists_our_shards(tmp_path: Path) -> None:
+def test_tar_lists_and_unpacks_our_shards(tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(shard(2))
     done = subprocess.run(["tar", "tf", path], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["00000000.json", "00000000.png", "00000001.json", "00000001.png"]
     assert done.stderr == ""
+    subprocess.run(["tar", "xf", path, "-C", tmp_path], check=True)
+    assert (tmp_path / "00000001.png").read_bytes() == PNG
+    assert json.loads((tmp_path / "00000001.json").read_bytes())["attributes"] == [1, 0, -1]
 
 
 @pytest.mark.parametrize("keys", [("1", "1"), ("1", "2", "1"), ("1.2",), ("",)])

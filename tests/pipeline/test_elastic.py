@@ -1,0 +1,124 @@
+"""Exactly once an epoch in real processes that are killed and come back in other numbers; what each node fetches."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from pipeline.order import Order
+from pipeline.storage import open_storage, sha256_hex
+from tests.pipeline.tiny import BATCH, SHARDS, build, opened, pixels_of
+
+COMMITTED = 3
+"""Batches from one place where a group may go on to the next."""
+PAUSE = 0.01
+
+Line = tuple[int, int, str]
+"""Epoch, sample and the digest of its pixels."""
+
+
+def rank_reads(url: str, folder: str, rank: int, world: int, start: int, stop: int) -> None:
+    """What one rank does: read its rows from S3 and write them down, a line a batch."""
+    own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+    with (
+        opened(open_storage(url), Path(folder, f"cache-{rank}")) as stream,
+        Path(folder, f"seen-{rank}.jsonl").open("w", buffering=1) as seen,
+    ):
+        for batch in stream.batches(start, BATCH, own, stop):
+            digests = [sha256_hex(pixels.permute(1, 2, 0).contiguous().numpy().tobytes()) for pixels in batch.pixels]
+            rows = list(zip(batch.epochs.tolist(), batch.samples.tolist(), digests, strict=True))
+            print(json.dumps(rows), file=seen)
+            time.sleep(PAUSE)
+
+
+def lines(path: Path) -> list[list[Line]]:
+    """Whole lines; a killed process may leave a part of one."""
+    text = path.read_text() if path.exists() else ""
+    return [[tuple(row) for row in json.loads(line)] for line in text.split("\n")[:-1]]
+
+
+def group(url: str, folder: Path, world: int, start: int, stop: int) -> list[BaseProcess]:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.pipeline.test_elastic", "s3fs", "aiobotocore.session"])
+    folder.mkdir()
+    arguments = [(url, str(folder), rank, world, start, stop) for rank in range(world)]
+    ranks = [context.Process(target=rank_reads, args=each, daemon=True) for each in arguments]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def killed(ranks: list[BaseProcess], folder: Path, victim: int, batches: int) -> list[list[Line]]:
+    """Kill one rank after so many batches, then the others, as a cluster does; the batches that all had read."""
+    while len(lines(folder / f"seen-{victim}.jsonl")) < batches:
+        assert ranks[victim].is_alive()
+        time.sleep(0.01)
+    for process in (ranks[victim], *ranks):
+        os.kill(process.pid or 0, signal.SIGKILL)
+    return joined(ranks, folder)
+
+
+def joined(ranks: list[BaseProcess], folder: Path) -> list[list[Line]]:
+    for process in ranks:
+        process.join(120)
+        assert process.exitcode is not None
+    shares = [lines(folder / f"seen-{rank}.jsonl") for rank in range(len(ranks))]
+    return [[line for share in batch for line in share] for batch in zip(*shares, strict=False)]
+
+
+def test_every_sample_once_over_kills_and_other_numbers_of_ranks(s3: str, tmp_path: Path) -> None:
+    """2 ranks, then 3, then 1: the history that survives is the stream of a run that never stopped."""
+    storage = open_storage(f"{s3}/elastic")
+    build(storage)
+    samples = sum(SHARDS)
+    stop, history = 3 * samples, list[list[Line]]()
+    for attempt, (world, victim, batches) in enumerate([(2, 1, 8), (3, 0, 10)]):
+        folder = tmp_path / str(attempt)
+        ranks = group(storage.url, folder, world, len(history) * BATCH, stop)
+        found = killed(ranks, folder, victim, batches)
+        assert COMMITTED < len(found) < stop // BATCH
+        history += found[: len(found) // COMMITTED * COMMITTED]
+    ranks = group(storage.url, tmp_path / "last", 1, len(history) * BATCH, stop)
+    history += joined(ranks, tmp_path / "last")
+    epoch, _, _ = zip(*(line for batch in history for line in batch), strict=True)
+    assert Counter(epoch) == {0: samples, 1: samples, 2: samples}
+    assert len({line[:2] for batch in history for line in batch}) == stop
+    assert all(digest == sha256_hex(pixels_of(sample).tobytes()) for batch in history for _, sample, digest in batch)
+    order, position = Order(SHARDS, BATCH, 5), 0
+    for batch in history:
+        epochs, shard, row = order.locate(range(position, position + len(batch)))
+        expected = list(zip(epochs.tolist(), order.sample(shard, row).tolist(), strict=True))
+        assert [line[:2] for line in batch] == expected
+        position += len(batch)
+
+
+MANY, GLOBAL = (3,) * 72, 16
+"""72 shards and a batch of 16 make 8 lanes."""
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_a_node_fetches_its_own_lanes(s3: str, tmp_path: Path, nodes: int) -> None:
+    """Each shard at most 1 + C / shards times an epoch, over all nodes; and once while nothing is evicted."""
+    storage = open_storage(f"{s3}/nodes")
+    build(storage, MANY)
+    order, fetches, seen = Order(MANY, GLOBAL, 5), [], Counter[int]()
+    assert order.lanes == 8
+    for node in range(nodes):
+        own = slice(node * GLOBAL // nodes, (node + 1) * GLOBAL // nodes)
+        with opened(storage, tmp_path / f"node-{node}", order, room=1 << 24) as stream:
+            for batch in stream.batches(0, GLOBAL, own, stream.samples):
+                seen.update(batch.samples.tolist())
+            fetches.append(stream.figures()["data/shards_fetched"])
+    assert set(seen.values()) == {1}
+    assert len(seen) == stream.samples
+    assert sum(fetches) <= len(MANY) * (1 + order.lanes / len(MANY))
+    assert sum(fetches) <= len(MANY) + nodes - 1
+    assert max(fetches) <= len(MANY) / nodes + 2
