@@ -136,8 +136,9 @@ COMMANDS: dict[str, tuple[str, Flags]] = {
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     purpose = "What a training step costs in time and memory, how far inversion drifts, what log-determinants cost."
-    root = argparse.ArgumentParser(prog="python -m jobs bench", description=purpose)
-    commands = root.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    prog, names = "python -m jobs bench", "|".join(COMMANDS)
+    root = argparse.ArgumentParser(prog=prog, usage=f"{prog} [-h] {names} ...", description=purpose)
+    commands = root.add_subparsers(dest="command", required=True, metavar=names, prog=prog)
     shape = argparse.ArgumentDefaultsHelpFormatter
     for name, (purpose, flags) in COMMANDS.items():
         command = commands.add_parser(name, help=purpose, description=purpose, formatter_class=shape)

@@ -18,7 +18,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -32,7 +32,7 @@ from PIL import Image
 from pipeline.in_place import survey
 from pipeline.manifest import Manifest, open_manifest, write_manifest
 from pipeline.order import Order
-from pipeline.prepare import Options, build, make_plan
+from pipeline.prepare import Options, build, built_already, make_plan
 from pipeline.shards import RAW, open_shard
 from pipeline.sources import open_source
 from pipeline.storage import Storage, open_storage
@@ -63,10 +63,9 @@ def data(options: argparse.Namespace) -> Measurement:
 
     def work() -> list[Row]:
         rows = []
-        for encoding in encodings:
-            with faces(options, encoding) as manifest:
-                rows += compared(ways(manifest, options.batch), options.rounds)
-                rows[-1]["resident"] = resident(manifest, options.batch)
+        for manifest in faces(options, encodings):
+            rows += compared(ways(manifest, options.batch), options.rounds)
+            rows[-1]["resident"] = resident(manifest, options.batch)
         return rows
 
     what = f"{options.images} toy faces of {options.size} px, batch {options.batch}"
@@ -77,23 +76,29 @@ def versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("pillow", "webdataset", "torch"))
 
 
-@contextlib.contextmanager
-def faces(options: argparse.Namespace, encoding: str) -> Iterator[Manifest]:
-    """A dataset of toy faces in an encoding, in a folder that goes away, or below the prefix `--to`."""
+def faces(options: argparse.Namespace, encodings: Sequence[str]) -> Generator[Manifest]:
+    """A dataset of the same toy faces an encoding, in a folder that goes away, or below the prefix `--to`."""
     with tempfile.TemporaryDirectory(prefix="glow-bench-") as scratch:
         folder = Path(scratch)
         write_toy(folder / "source", images=options.images, size=options.size, seed=0, workers=1, report=_silent)
-        made = _prepared(folder, encoding)
-        if not options.to:
-            yield made
-            return
-        remote = open_storage(options.to).sub(f"bench-{os.getpid()}-{encoding}")
-        try:
-            for key in made.storage.list():
-                remote.upload(Path(made.storage.url, key), key)
-            yield open_manifest(remote)
-        finally:
-            remote.remove_tree("")
+        for encoding in encodings:
+            made = _prepared(folder, encoding)
+            elsewhere = f"{options.to}/bench-{os.getpid()}-{encoding}"
+            with _copied(made, elsewhere) if options.to else contextlib.nullcontext(made) as manifest:
+                yield manifest
+
+
+@contextlib.contextmanager
+def _copied(made: Manifest, prefix: str) -> Iterator[Manifest]:
+    """The same dataset elsewhere, for a while."""
+    copy = open_storage(prefix)
+    try:
+        for key in made.storage.list():
+            copy.write(key, made.storage.read(key))
+        yield open_manifest(copy)
+    finally:
+        for key in copy.list():
+            copy.remove(key)
 
 
 def _silent(done: int) -> None:
@@ -104,8 +109,8 @@ def _prepared(folder: Path, encoding: str) -> Manifest:
     """Shards of the faces: our own, or, for lossy forms, such as others write, taken in place."""
     own = encoding if encoding not in LOSSY else "png"
     plan = make_plan(open_source(str(folder / "source")), Options(encoding=own, samples_per_shard=128), map, _silent)
-    storage = open_storage(str(folder / "shards"))
-    manifest = build(plan, storage, mapped=map, restart=False, report=_silent)
+    storage = open_storage(str(folder / f"own-{own}"))
+    manifest = built_already(plan, storage) or build(plan, storage, mapped=map, restart=False, report=_silent)
     return manifest if encoding == own else _in_place(manifest, open_storage(str(folder / encoding)), encoding)
 
 

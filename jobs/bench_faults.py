@@ -44,7 +44,8 @@ def faults(options: argparse.Namespace) -> Measurement:
 def _faulty_rows(options: argparse.Namespace) -> list[Row]:
     seconds: dict[str, list[float]] = {"as it is": [], "faults": []}
     repeated = dict.fromkeys(seconds, 0)
-    with faces(options, "png") as manifest, proxied() as order:
+    with contextlib.closing(faces(options, ["png"])) as one, proxied() as order:
+        manifest = next(one)
         for _ in range(options.rounds):
             for row, rules in zip(seconds, ((), RULES), strict=True):
                 order(rules)
