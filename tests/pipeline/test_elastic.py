@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -19,14 +20,13 @@ from tests.pipeline.tiny import BATCH, SHARDS, build, opened, pixels_of
 
 COMMITTED = 3
 """Batches from one place where a group may go on to the next."""
-PAUSE = 0.01
 
 Line = tuple[int, int, str]
 """Epoch, sample and the digest of its pixels."""
 
 
-def rank_reads(url: str, folder: str, rank: int, world: int, start: int, stop: int) -> None:
-    """What one rank does: read its rows from S3 and write them down, a line a batch."""
+def rank_reads(url: str, folder: str, rank: int, world: int, start: int, stop: int, step: Barrier) -> None:
+    """What one rank does: read its rows from S3 and write them down, a line a batch, in step with the others."""
     own = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
     with (
         opened(open_storage(url), Path(folder, f"cache-{rank}")) as stream,
@@ -36,7 +36,7 @@ def rank_reads(url: str, folder: str, rank: int, world: int, start: int, stop: i
             digests = [sha256_hex(pixels.permute(1, 2, 0).contiguous().numpy().tobytes()) for pixels in batch.pixels]
             rows = list(zip(batch.epochs.tolist(), batch.samples.tolist(), digests, strict=True))
             print(json.dumps(rows), file=seen)
-            time.sleep(PAUSE)
+            step.wait()
 
 
 def lines(path: Path) -> list[list[Line]]:
@@ -49,7 +49,8 @@ def group(url: str, folder: Path, world: int, start: int, stop: int) -> list[Bas
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.pipeline.test_elastic", "s3fs", "aiobotocore.session"])
     folder.mkdir()
-    arguments = [(url, str(folder), rank, world, start, stop) for rank in range(world)]
+    step = context.Barrier(world)
+    arguments = [(url, str(folder), rank, world, start, stop, step) for rank in range(world)]
     ranks = [context.Process(target=rank_reads, args=each, daemon=True) for each in arguments]
     for process in ranks:
         process.start()
