@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from jobs.progress import progress
 from pipeline.errors import DataError, UsageError
 from pipeline.storage import open_storage
+from pipeline.workers import cores, ordered_map
 
 if TYPE_CHECKING:
     from pipeline.manifest import Manifest
@@ -138,8 +139,6 @@ def prepare(
 @contextlib.contextmanager
 def working(workers: int, address: str) -> Iterator[OrderedMap]:
     """Who does the work: processes of this machine, or a cluster."""
-    from pipeline.workers import ordered_map
-
     if address:
         from jobs.cluster.tasks import connected
 
@@ -272,42 +271,3 @@ def _draw_sheet(manifest: Manifest, split: str, images: int, path: Path) -> None
                 rows, form = range(min(len(index), images - len(pixels))), manifest.image.encoding
                 pixels += [decode(index.read(row)[0], manifest.size, manifest.channels, form) for row in rows]
     contact_sheet(manifest, manifest.splits[split].counts, pixels).save(path, format="PNG")
-
-
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far a piece of work is: a bar on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty():
-        with _bar(what, total) as report:
-            yield report
-    else:
-        yield _lines(what, total)
-
-
-@contextlib.contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.advance(task, done)
-
-
-def _lines(what: str, total: int) -> Callable[[int], None]:
-    done, last = 0, time.monotonic()
-
-    def report(more: int) -> None:
-        nonlocal done, last
-        done += more
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
-            print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
-
-    return report

@@ -23,6 +23,11 @@ class OrderedMap(Protocol):
     def __call__(self, function: Callable[[A], B], items: Iterable[A], /) -> Iterator[B]: ...
 
 
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def ordered_map(function: Callable[[A], B], items: Iterable[A], workers: int) -> Iterator[B]:
     """Yield `function(item)` in the order of the items, from `workers` spawned processes, or here when that is one.
 
