@@ -40,7 +40,7 @@ def _about_run(config: TrainConfig, manifest: Manifest) -> list[str]:
     run = open_storage(config.storage).sub(config.name)
     known = "there is a run here to go on with" if run.exists("config.toml") else "a new run"
     leaves = schedule.batch // schedule.leaf
-    who = f"{cluster.workers} Ray workers" if cluster.workers else "this process, or torchrun's"
+    who = f"{cluster.wanted} Ray workers" if cluster.workers else "this process, or torchrun's"
     steps = -(-schedule.images // schedule.batch)
     return [
         f"run          {run.url}: {known}, fingerprint {fingerprint(config, manifest.digest)[:12]}",

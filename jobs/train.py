@@ -1,16 +1,18 @@
 """Train a preset: in this process, under torchrun, or on Ray workers. The same command again goes on where it stopped.
 
-  python -m jobs train PRESET [--config FILE.toml] [--SETTING VALUE ...] [--dry-run] [--offline]
+  python -m jobs train PRESET [--config FILE.toml] [--SETTING VALUE ...] [--elastic MIN:MAX] [--dry-run] [--offline]
   python -m jobs train RUN/config.toml
 
 A setting comes from the preset, then from the file, then from the flags. --dry-run prints the plan and writes nothing.
 --offline trains although MLflow does not answer; the next run or command that reaches it sends what it missed.
+--elastic MIN:MAX trains on as many Ray workers as there is room for: cluster.min_workers and cluster.workers at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
@@ -69,22 +71,32 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     name, *rest = arguments
     base = read_config(name) if name.endswith(".toml") else preset(name).config
     dry_run = "--dry-run" in rest
-    files, rest = taken([word for word in rest if word != "--dry-run"], "--config")
+    files, rest = taken([word for word in rest if word != "--dry-run"], "--config", "a file")
+    ranges, rest = taken(rest, "--elastic", "MIN:MAX")
     for file in files:
         base = read_config(file, base)
     prog = f"python -m jobs train {name}"
+    rest += elastic(ranges[-1]) if ranges else []
     one_family = (tyro.conf.AvoidSubcommands,)  # that of the preset: its settings are flags like all others
     return tyro.cli(TrainConfig, default=base, args=rest, prog=prog, description=__doc__, config=one_family), dry_run
 
 
-def taken(words: list[str], flag: str) -> tuple[list[str], list[str]]:
+def elastic(bounds: str) -> list[str]:
+    """The words of the settings that MIN:MAX stands for."""
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", bounds)
+    if found is None:
+        raise UsageError(f"--elastic {bounds!r} is no range", cure="--elastic 2:8 takes from 2 to 8 workers")
+    return ["--cluster.min-workers", found[1], "--cluster.workers", found[2]]
+
+
+def taken(words: list[str], flag: str, wanted: str) -> tuple[list[str], list[str]]:
     """(values of `flag`, the other words)."""
     values, others, rest = [], [], iter(words)
     for word in rest:
         if word == flag:
             value = next(rest, None)
             if value is None:
-                raise UsageError(f"{flag} wants a file")
+                raise UsageError(f"{flag} wants {wanted}")
             values.append(value)
         elif word.startswith(f"{flag}="):
             values.append(word.removeprefix(f"{flag}="))
@@ -104,7 +116,7 @@ def launch(config: TrainConfig) -> Row:
             raise UsageError("torchrun and Ray at once", cure="--cluster.workers 0 under torchrun")
         from jobs import cluster
 
-        report({"event": f"starting Ray with {config.cluster.workers} workers"})
+        report({"event": f"starting Ray with {config.cluster.wanted} workers"})
         return cluster.train(config, report)
 
 

@@ -163,6 +163,9 @@ class ClusterConfig:
     __pydantic_config__ = STRICT
     workers: int = 0
     """Ray Train workers; 0 trains in this process (or under torchrun)."""
+    min_workers: int = 0
+    """Elastic: any number from this to `workers`, as nodes come and go (--elastic MIN:MAX sets both); 0 is exactly
+    `workers`."""
     gpu: bool = False
     """Give every worker a GPU."""
     threads: int = 1
@@ -173,6 +176,11 @@ class ClusterConfig:
     """Restarts of the worker group before the run fails."""
     lease_s: float = 60.0
     """Seconds of silence after which another job may take the run over."""
+
+    @property
+    def wanted(self) -> str:
+        """How many Ray workers are asked for, in words."""
+        return f"{self.min_workers} to {self.workers}" if self.min_workers else str(self.workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +286,8 @@ def refuse_impossible(config: TrainConfig) -> None:
         (config.cluster.workers > schedule.batch // max(schedule.leaf, 1),
          f"{config.cluster.workers} workers for {schedule.batch // max(schedule.leaf, 1)} leaves a batch",
          "at most batch / leaf workers have work"),
+        (not 0 <= config.cluster.min_workers <= config.cluster.workers,
+         f"cluster.min_workers is {config.cluster.min_workers}", "from 0 to cluster.workers"),
         (not config.name or "/" in config.name or config.name.startswith("."), f"name is {config.name!r}",
          "a folder name"),
     ):

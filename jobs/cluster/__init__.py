@@ -49,7 +49,7 @@ def submit(words: list[str]) -> int:
               "[--SETTING VALUE ...]\n")  # fmt: skip
         print("python -m jobs train --help lists the presets. Settings, with the values of toy32:")
         parse(["toy32", "--help"])  # prints and exits
-    addresses, words = taken(words, "--address")
+    addresses, words = taken(words, "--address", "a URL")
     follow = "--follow" in words
     config, dry_run = parse([word for word in words if word != "--follow"])
     if dry_run:

@@ -35,6 +35,13 @@ Stop = Callable[[], bool]
 Work = Callable[[TrainConfig, Report, Stop], Row]
 
 STOP_POLL_SECONDS = 0.5
+PREEMPTION_POLL_SECONDS = 1.0
+RESIZE_SECONDS = 30.0
+"""How often an elastic run that is well looks for room for more workers."""
+
+WAITING_SECONDS = 20.0
+"""How long nobody may train before it is said why, and said again."""
+
 STOP_SECONDS = 100.0
 """How long the workers may take to commit a last checkpoint; less than the job server's patience with a stopped job."""
 
@@ -45,31 +52,42 @@ TRANSIENT = (RemoteError, Interrupted, OSError, RuntimeError)
 def train(config: TrainConfig, report: Report, work: Work | None = None) -> Row:
     """Run the loop on `config.cluster.workers` Ray workers; rank 0's rows reach `report`, its summary is returned.
 
-    Failures another attempt may cure restart all workers, at most `cluster.max_failures` times; a PipelineError that
-    would come again is raised here at once, as itself.
+    With `cluster.min_workers` it is any number from that to `workers`: as many as the nodes there are have room for.
+    Failures another attempt may cure restart all workers, at most `cluster.max_failures` times; a node that announces
+    its end costs no failure; a PipelineError that would come again is raised here at once, as itself.
     """
     work = work or functools.partial(_loop, owner=secrets.token_hex(8))
-    for _ in range(config.cluster.max_failures):
+    broken, preflight = 0, _refuse_too_few
+    while True:
         try:
-            return _attempt(config, report, work)
+            return _attempt(config, report, work, preflight)
+        except _Preempted as error:
+            report({"event": f"a node goes away: {error.what}; all go on from there"})
         except _NeverStarted as error:
+            broken += 1
+            if broken > config.cluster.max_failures:
+                raise
             report({"event": f"{error}; starting Ray again"})
-    return _attempt(config, report, work)
+        preflight = _take_any  # a run under way waits for nodes
 
 
 class _NeverStarted(PipelineError):
     """The group of workers broke while it was being started: Ray then gives up, and keeps what it had reserved."""
 
 
-def _attempt(config: TrainConfig, report: Report, work: Work) -> Row:
+class _Preempted(PipelineError):
+    """The workers stopped after a checkpoint, because a node of theirs was about to go."""
+
+
+def _attempt(config: TrainConfig, report: Report, work: Work, preflight: Callable[[ClusterConfig], None]) -> Row:
     with started(config.cluster) as folder:
         import ray
         from ray.train import TrainingFailedError
 
-        _refuse_too_few(config.cluster)
+        preflight(config.cluster)
         mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
         try:
-            return _followed(_trainer(config, mailbox, work, folder), mailbox, report)
+            return _followed(_trainer(config, mailbox, work, folder), mailbox, report, config.cluster)
         except TrainingFailedError as error:
             raise _cause(error, config) from error
 
@@ -109,22 +127,38 @@ def _loop(config: TrainConfig, report: Report, stop: Stop, *, owner: str) -> Row
 def _worker(settings: dict[str, Any]) -> Row:
     """What every Ray worker runs. An end that was asked for is a result: as an error Ray would start it again."""
     mailbox = settings["mailbox"]
-    stop = threading.Event()
+    asked, leaving = threading.Event(), threading.Event()
+    threading.Thread(target=_watch_nodes, args=(leaving,), daemon=True).start()
     if os.environ["RANK"] == "0":
-        threading.Thread(target=_listen, args=(mailbox, stop), daemon=True).start()
+        threading.Thread(target=_listen, args=(mailbox, asked), daemon=True).start()
+        mailbox.put.remote({"event": f"{_counted(os.environ['WORLD_SIZE'])} at work", "workers": True})
     try:
-        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop.is_set)
+        stop = lambda: asked.is_set() or leaving.is_set()  # noqa: E731
+        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop)
     except Interrupted as error:
-        return {"interrupted": error}
+        return {"interrupted" if asked.is_set() else "preempted": error}
 
 
-def _listen(mailbox: Any, stop: threading.Event) -> None:
+def _counted(workers: str) -> str:
+    return "1 worker" if workers == "1" else f"{workers} workers"
+
+
+def _listen(mailbox: Any, asked: threading.Event) -> None:
     """Ask now and then whether the driver wants an end; a signal does not reach a worker's loop."""
     import ray
 
     while not ray.get(mailbox.stopped.remote()):
         time.sleep(STOP_POLL_SECONDS)
-    stop.set()
+    asked.set()
+
+
+def _watch_nodes(leaving: threading.Event) -> None:
+    """Ask now and then whether a node of the group is about to go; every rank asks, the answer is one."""
+    from ray.train import get_preemption_info
+
+    while get_preemption_info() is None:
+        time.sleep(PREEMPTION_POLL_SECONDS)
+    leaving.set()
 
 
 def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> TorchTrainer:
@@ -140,14 +174,18 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
                 if _final(error):
                     raise error
                 event = f"worker {rank} failed ({type(error).__name__}); all go on from the last checkpoint"
-                mailbox.put.remote({"event": event})
+                mailbox.put.remote({"event": event, "workers": False})
 
     cluster = config.cluster
     return TorchTrainer(
         _worker,
         train_loop_config={"config": config, "mailbox": mailbox, "work": work},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo", timeout_s=300),
-        scaling_config=ScalingConfig(num_workers=cluster.workers, use_gpu=cluster.gpu),
+        scaling_config=ScalingConfig(
+            num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=cluster.gpu,
+        ),
         run_config=RunConfig(
             name=f"{config.name}-{secrets.token_hex(4)}",
             storage_path=str(folder),
@@ -157,7 +195,7 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
     )
 
 
-def _followed(trainer: TorchTrainer, mailbox: Any, report: Report) -> Row:
+def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: ClusterConfig) -> Row:
     """`fit` in a thread, so that signals and rows are ours meanwhile (Ray's own Ctrl-C handler exits with 0)."""
     outcome: dict[str, Any] = {}
 
@@ -172,11 +210,14 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report) -> Row:
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     with _signals_noted() as asked:
-        told = 0.0
+        told, waiting = 0.0, _Waiting(cluster)
         while thread.is_alive():
             thread.join(0.5)
             for row in ray.get(mailbox.take.remote()):
+                waiting.note(row)
                 report(row)
+            if why := waiting.why():
+                report({"event": why})
             if asked and not told:
                 mailbox.stop.remote()
                 told = time.monotonic()
@@ -188,7 +229,32 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report) -> Row:
     row = outcome["result"].return_value
     if "interrupted" in row:
         raise row["interrupted"]
+    if "preempted" in row:
+        raise _Preempted(row["preempted"].what)
     return row
+
+
+class _Waiting:
+    """Says now and then why nobody trains, from a start or a failure until workers report."""
+
+    def __init__(self, cluster: ClusterConfig) -> None:
+        self._cluster, self._training, self._said = cluster, False, time.monotonic()
+
+    def note(self, row: Row) -> None:
+        """Take a row on its way to the driver."""
+        if row.get("workers", self._training) != self._training:
+            self._training, self._said = row["workers"], time.monotonic()
+
+    def why(self) -> str:
+        """The reason, when it is time to tell it; else nothing."""
+        if self._training or time.monotonic() < self._said + WAITING_SECONDS:
+            return ""
+        self._said = time.monotonic()
+        kind, there, fewest = _room(self._cluster)
+        if there < fewest:
+            cure = "add a node" if self._cluster.min_workers else "add a node, or stop and go on with --elastic"
+            return f"waiting: {_counted(str(fewest))} want a {kind} each and the cluster has {there}; {cure}"
+        return "waiting for Ray to start the workers"
 
 
 @contextlib.contextmanager
@@ -224,12 +290,21 @@ def _cause(error: Exception, config: TrainConfig) -> Exception:
                          where=run.url, cure=cure)  # fmt: skip
 
 
-def _refuse_too_few(cluster: ClusterConfig) -> None:
-    """Ray would wait for ever for workers that cannot come."""
+def _room(cluster: ClusterConfig) -> tuple[str, int, int]:
+    """(kind, how many of it the cluster has, how many are the fewest to train with)."""
     import ray
 
     kind = "GPU" if cluster.gpu else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
-    if there < cluster.workers:
-        raise ConfigError(f"{cluster.workers} workers want a {kind} each and the cluster has {there}",
+    return kind, int(ray.cluster_resources().get(kind, 0)), cluster.min_workers or cluster.workers
+
+
+def _refuse_too_few(cluster: ClusterConfig) -> None:
+    """Ray would wait for ever for workers that cannot come."""
+    kind, there, fewest = _room(cluster)
+    if there < fewest:
+        raise ConfigError(f"{fewest} workers want a {kind} each and the cluster has {there}",
                           cure="--cluster.workers fewer")  # fmt: skip
+
+
+def _take_any(cluster: ClusterConfig) -> None:
+    """Take the cluster as it is."""
