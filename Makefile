@@ -8,7 +8,7 @@ PIP := .venv/bin/python -m pip --disable-pip-version-check --quiet
 unexport PYTHONDONTWRITEBYTECODE PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo studies stack test road lint nightly clean
+.PHONY: help demo studies stack test road soak lint nightly clean
 
 help: ## say what can be made
 	@grep -E '^[a-z]+:.*## ' Makefile | sed 's/:.*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ test: .venv/.for-work ## laws and promises, at most 15 minutes: make test [ARGS=
 
 road: .venv/.for-work ## the README, command by command, from a fresh clone on
 	.venv/bin/python -m pytest -m road --timeout=1200 $(ARGS)
+
+soak: .venv/.for-work ## three minutes of faults at random, and the run nobody disturbed
+	.venv/bin/python -m pytest -m soak --timeout=1800 $(ARGS)
 
 nightly: .venv/.for-work ## the long tests
 	.venv/bin/python -m pytest -m nightly --timeout=7200 $(ARGS)

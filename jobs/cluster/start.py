@@ -49,7 +49,7 @@ def started(cluster: ClusterConfig) -> Iterator[Path]:
     _sweep()
     folder = Path(tempfile.mkdtemp(prefix=f"glow-{os.getpid()}-", dir=short_folder()))
     others = set(psutil.Process().children(recursive=True))
-    with _environment(cluster), _signals_kept(), contextlib.redirect_stdout(io.StringIO()):
+    with _environment(cluster, folder), _signals_kept(), contextlib.redirect_stdout(io.StringIO()):
         import ray
 
         try:
@@ -79,7 +79,7 @@ def _place(cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _environment(cluster: ClusterConfig) -> Iterator[None]:
+def _environment(cluster: ClusterConfig, folder: Path) -> Iterator[None]:
     """The variables Ray and its workers start with."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
@@ -88,6 +88,8 @@ def _environment(cluster: ClusterConfig) -> Iterator[None]:
     os.environ["OMP_NUM_THREADS"] = str(cluster.threads)
     if not cluster.address:
         os.environ["RAY_AUTH_TOKEN"] = _token()
+        (folder / "tmp").mkdir()
+        os.environ["TMPDIR"] = str(folder / "tmp")  # what a killed worker leaves goes with the rest
     known = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     # Left to itself Ray decides one way in the head and another in who connects.
     os.environ.setdefault("RAY_AUTH_MODE", "token" if known else "disabled")

@@ -83,9 +83,11 @@ def _attempt(config: TrainConfig, report: Report, work: Work, preflight: Callabl
     with started(config.cluster) as folder:
         import ray
         from ray.train import TrainingFailedError
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         preflight(config.cluster)
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         try:
             return _followed(_trainer(config, mailbox, work, folder), mailbox, report, config.cluster)
         except TrainingFailedError as error:
@@ -205,15 +207,13 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: Clus
         except BaseException as error:  # noqa: BLE001 - raised again by the thread that waits
             outcome["error"] = error
 
-    import ray
-
     thread = threading.Thread(target=fit, daemon=True)
     thread.start()
     with _signals_noted() as asked:
         told, waiting = 0.0, _Waiting(cluster)
         while thread.is_alive():
             thread.join(0.5)
-            for row in ray.get(mailbox.take.remote()):
+            for row in _taken(mailbox, cluster):
                 waiting.note(row)
                 report(row)
             if why := waiting.why():
@@ -232,6 +232,18 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: Clus
     if "preempted" in row:
         raise _Preempted(row["preempted"].what)
     return row
+
+
+def _taken(mailbox: Any, cluster: ClusterConfig) -> list[Row]:
+    """What rank 0 said since the last call; the mailbox lives where the driver does, so without it the head is gone."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        return ray.get(mailbox.take.remote())
+    except RayError as error:
+        what, cure = "Ray's head is gone", "start the cluster again; the same command goes on from the last checkpoint"
+        raise RemoteError(what, where=cluster.address or "this machine", cure=cure) from error
 
 
 class _Waiting:

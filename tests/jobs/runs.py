@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -40,6 +40,11 @@ every = 640
 images = 16
 rows = 1
 """
+
+
+ENDLESS = 10_000_000
+CONSTANT = ("--optim.decay", "constant")
+"""With it a run that was stopped anywhere is the run that was asked for no more images than that."""
 
 
 @functools.cache
@@ -89,10 +94,10 @@ def left_folders() -> list[Path]:
     return [folder for folder, owner in owned if owner and not psutil.pid_exists(int(owner[1]))]
 
 
-def started(command: list[str]) -> subprocess.Popen[str]:
-    """Start a command in a process group of its own; its output is one stream of lines."""
+def started(command: list[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a command in a process group of its own, with `more` variables; its output is one stream of lines."""
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", MARK: "1"}
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", MARK: "1"} | dict(more or {})
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -116,7 +121,7 @@ def followed(
         return process.wait(HANG), "".join(lines)
 
 
-def tensors_of(run: Path) -> str:
+def tensors_of(run: Path | str) -> str:
     """A digest over every tensor of a run's newest checkpoint, whatever parts it is cut into."""
     trained = read_run(open_storage(str(run)))
     digest = hashlib.sha256(str((trained.step, trained.images)).encode())
