@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import os
-import re
 import secrets
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,6 +52,7 @@ CONSTANT = ("--optim.decay", "constant")
 def dataset() -> Path:
     """Shards of 160 toy faces of 16 px."""
     folder = Path(tempfile.mkdtemp(prefix="glow-test-runs-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write_toy(folder / "source", images=160, size=16, seed=0)
     options, source = Options(samples_per_shard=16), open_source(str(folder / "source"))
     plan = make_plan(source, options, map, report=lambda images: None)
@@ -87,17 +89,37 @@ def _is_ours(process: psutil.Process) -> bool:
         return False
 
 
-def left_folders() -> list[Path]:
-    """Folders of Ray whose owner is gone."""
-    folders = Path(tempfile.gettempdir()).glob("glow-*-*")
-    owned = [(folder, re.fullmatch(r"glow-(\d+)-\w+", folder.name)) for folder in folders]
-    return [folder for folder, owner in owned if owner and not psutil.pid_exists(int(owner[1]))]
+@functools.cache
+def place() -> Path:
+    """The folder for temporary files of every command of this session; its name is short enough for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="gt-", dir="/tmp"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Traces:
+    """What commands leave from now on: processes, temporary files, shared memory."""
+
+    def __init__(self) -> None:
+        self._files, self._shared = set(place().iterdir()), set(SHARED_MEMORY.iterdir())
+
+    def left(self) -> tuple[list[psutil.Process], set[Path]]:
+        """Nothing, where all is well: what torch keeps for its compiler, and others' semaphores, are not ours."""
+        found = (set(place().iterdir()) - self._files) | (set(SHARED_MEMORY.iterdir()) - self._shared)
+        return left_processes(), {path for path in found if not path.name.startswith(("torchinductor", "sem."))}
+
+
+NOTHING: tuple[list[psutil.Process], set[Path]] = ([], set())
 
 
 def started(command: list[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     """Start a command in a process group of its own, with `more` variables; its output is one stream of lines."""
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", MARK: "1"} | dict(more or {})
+    environment = os.environ | {"PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1", "TMPDIR": str(place()), MARK: "1"}
+    environment |= more or {}
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
