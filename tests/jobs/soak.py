@@ -109,7 +109,7 @@ def soak(folder: Path, endpoint: str, seed: int) -> Iterator[Soak]:
     command = [sys.executable, "-P", faults.__file__, str(port), endpoint]
     proxy = spawn(command, folder / "faults.out", inherited(), end_with_parent=True)
     mlflow = Server(folder)
-    (folder / "disk").mkdir()
+    (folder / "disk").mkdir(exist_ok=True)
     try:
         mlflow.start()
         while not listening(port):

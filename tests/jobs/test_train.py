@@ -81,7 +81,7 @@ def test_two_ray_workers_and_a_kill_learn_the_same(plain: Path, tmp_path: Path, 
             killed.append(time.monotonic())
             workers[1].send_signal(signal.SIGKILL)
         if line.startswith("2 workers at work") and killed:
-            measured("R1", "from SIGKILL of a worker to two at work", time.monotonic() - killed[0], "s")
+            measured("R1", "from SIGKILL of a worker to two at work (Ray)", time.monotonic() - killed[0], "s")
 
     words = settings(tmp_path, IMAGES)
     code, output = followed(jobs("train", *words, "--name", "two", "--cluster.workers", "2"), kill)
