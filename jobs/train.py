@@ -71,7 +71,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     name, *rest = arguments
     base = read_config(name) if name.endswith(".toml") else preset(name).config
     dry_run = "--dry-run" in rest
-    files, rest = taken([word for word in rest if word != "--dry-run"], "--config", "a file")
+    files, rest = taken([word for word in rest if word != "--dry-run"], "--config")
     ranges, rest = taken(rest, "--elastic", "MIN:MAX")
     for file in files:
         base = read_config(file, base)
@@ -89,7 +89,7 @@ def elastic(bounds: str) -> list[str]:
     return ["--cluster.min-workers", found[1], "--cluster.workers", found[2]]
 
 
-def taken(words: list[str], flag: str, wanted: str) -> tuple[list[str], list[str]]:
+def taken(words: list[str], flag: str, wanted: str = "a file") -> tuple[list[str], list[str]]:
     """(values of `flag`, the other words)."""
     values, others, rest = [], [], iter(words)
     for word in rest:
