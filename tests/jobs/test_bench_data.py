@@ -20,18 +20,18 @@ def rows(*words: str) -> Rows:
 
 
 def test_three_ways_an_encoding_and_memory_that_stays() -> None:
-    """A stream that kept what it read would grow by 13 MiB over the two epochs after the first."""
-    found = rows("data", "--images", "600", "--size", "64", "--encodings", "raw")
+    """A stream that kept what it read would grow by 6 MiB over the two epochs after the first."""
+    found = rows("data", "--images", "300", "--size", "64", "--encodings", "raw")
     assert list(found) == ["raw, bare loop", "raw, webdataset", "raw, ours"]
     assert all(float(row["per_core"]) > 0 for row in found.values())
     assert (found["raw, bare loop"]["x_loop"], found["raw, webdataset"]["x_wds"]) == (1, 1)
     first, _, last = map(int, str(found["raw, ours"]["resident"]).split())
-    assert last - first < 6
+    assert last - first < 4
 
 
-def test_lossy_forms_and_s3(s3: str) -> None:
-    found = rows("data", "--images", "40", "--size", "8", "--encodings", "jpg,webp", "--to", f"{s3}/bench")
-    assert [row.partition(", ")[0] for row in found] == ["jpg"] * 3 + ["webp"] * 3
+def test_a_lossy_form_on_s3(s3: str) -> None:
+    found = rows("data", "--images", "40", "--size", "8", "--encodings", "jpg", "--to", f"{s3}/bench")
+    assert list(found) == ["jpg, bare loop", "jpg, webdataset", "jpg, ours"]
 
 
 def test_faults_are_repeated(s3: str) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 import time
 from collections import Counter
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -45,7 +44,16 @@ def lines(path: Path) -> list[list[Line]]:
     return [[tuple(row) for row in json.loads(line)] for line in text.split("\n")[:-1]]
 
 
-def group(url: str, folder: Path, world: int, start: int, stop: int) -> list[BaseProcess]:
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Ranks at work in a folder, and what keeps them in step."""
+
+    ranks: list[BaseProcess]
+    folder: Path
+    step: Barrier
+
+
+def group(url: str, folder: Path, world: int, start: int, stop: int) -> Group:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.pipeline.test_elastic", "s3fs", "aiobotocore.session"])
     folder.mkdir()
@@ -54,24 +62,25 @@ def group(url: str, folder: Path, world: int, start: int, stop: int) -> list[Bas
     ranks = [context.Process(target=rank_reads, args=each, daemon=True) for each in arguments]
     for process in ranks:
         process.start()
-    return ranks
+    return Group(ranks=ranks, folder=folder, step=step)
 
 
-def killed(ranks: list[BaseProcess], folder: Path, victim: int, batches: int) -> list[list[Line]]:
+def killed(group: Group, victim: int, batches: int) -> list[list[Line]]:
     """Kill one rank after so many batches, then the others, as a cluster does; the batches that all had read."""
-    while len(lines(folder / f"seen-{victim}.jsonl")) < batches:
-        assert ranks[victim].is_alive()
-        time.sleep(0.01)
-    for process in (ranks[victim], *ranks):
-        os.kill(process.pid or 0, signal.SIGKILL)
-    return joined(ranks, folder)
+    while len(lines(group.folder / f"seen-{victim}.jsonl")) < batches:
+        assert group.ranks[victim].is_alive()
+        time.sleep(0.005)
+    for process in (group.ranks[victim], *group.ranks):
+        process.kill()
+    return joined(group)
 
 
-def joined(ranks: list[BaseProcess], folder: Path) -> list[list[Line]]:
-    for process in ranks:
+def joined(group: Group) -> list[list[Line]]:
+    """Wait for the ranks to end; the batches that all of them have written down whole."""
+    for process in group.ranks:
         process.join(120)
         assert process.exitcode is not None
-    shares = [lines(folder / f"seen-{rank}.jsonl") for rank in range(len(ranks))]
+    shares = [lines(group.folder / f"seen-{rank}.jsonl") for rank in range(len(group.ranks))]
     return [[line for share in batch for line in share] for batch in zip(*shares, strict=False)]
 
 
@@ -80,17 +89,14 @@ def test_every_sample_once_over_kills_and_other_numbers_of_ranks(s3: str, tmp_pa
     storage = open_storage(f"{s3}/elastic")
     build(storage)
     samples = sum(SHARDS)
-    stop, history = 3 * samples, list[list[Line]]()
+    stop, history = 10 * samples, list[list[Line]]()
     for attempt, (world, victim, batches) in enumerate([(2, 1, 8), (3, 0, 10)]):
-        folder = tmp_path / str(attempt)
-        ranks = group(storage.url, folder, world, len(history) * BATCH, stop)
-        found = killed(ranks, folder, victim, batches)
+        found = killed(group(storage.url, tmp_path / str(attempt), world, len(history) * BATCH, stop), victim, batches)
         assert COMMITTED < len(found) < stop // BATCH
         history += found[: len(found) // COMMITTED * COMMITTED]
-    ranks = group(storage.url, tmp_path / "last", 1, len(history) * BATCH, stop)
-    history += joined(ranks, tmp_path / "last")
+    history += joined(group(storage.url, tmp_path / "last", 1, len(history) * BATCH, stop))
     epoch, _, _ = zip(*(line for batch in history for line in batch), strict=True)
-    assert Counter(epoch) == {0: samples, 1: samples, 2: samples}
+    assert Counter(epoch) == dict.fromkeys(range(10), samples)
     assert len({line[:2] for batch in history for line in batch}) == stop
     assert all(digest == sha256_hex(pixels_of(sample).tobytes()) for batch in history for _, sample, digest in batch)
     order, position = Order(SHARDS, BATCH, 5), 0
