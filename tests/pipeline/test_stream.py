@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
-import math
 import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -96,46 +92,6 @@ def test_resuming_equals_not_stopping(prefix: str, tmp_path: Path, start: int) -
         again = opened(open_storage(prefix), tmp_path / "cache")
         with again:
             assert all(same(next(whole), part) for part in taken(again.batches(start, BATCH), 5))
-
-
-READS = """
-import sys
-from pathlib import Path
-from pipeline.storage import open_storage
-from tests.pipeline.tiny import BATCH, opened
-prefix, folder = sys.argv[1], Path(sys.argv[2])
-committed = open_storage(str(folder / "committed"))
-start = max(map(int, committed.list()), default=0)
-with opened(open_storage(prefix), folder / "cache") as stream:
-    for number, batch in enumerate(stream.batches(start, BATCH), 1):
-        rows = zip(batch.epochs.tolist(), batch.samples.tolist())
-        print(start, batch.position, *(f"{epoch}:{sample}" for epoch, sample in rows), flush=True)
-        if number % 3 == 0:
-            committed.create(str(batch.position + BATCH), b"")
-"""
-"""Reads on from the last commit and says what it reads."""
-
-
-def test_over_kills_every_sample_comes_once_an_epoch(prefix: str, tmp_path: Path) -> None:
-    """Promise R7: a reader is killed again and again; what its commits cover is every sample once an epoch."""
-    chance, lives = np.random.default_rng(7), list[list[list[str]]]()
-    for _ in range(4):
-        lives.append([])
-        command = [sys.executable, "-c", READS, prefix, str(tmp_path)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in itertools.islice(process.stdout, int(chance.integers(5, 12))):
-                lives[-1].append(line.split())
-            process.kill()
-    starts = [int(life[0][0]) for life in lives]
-    assert starts == sorted(set(starts)), "every life went on further than the one before"
-    assert any(int(life[-1][1]) >= after for life, after in zip(lives, starts[1:], strict=False)), "and some was lost"
-    survived = [batch for life, after in zip(lives, [*starts[1:], math.inf], strict=True)
-                for batch in life if int(batch[1]) < after]  # fmt: skip
-    assert [int(batch[1]) for batch in survived] == [BATCH * number for number in range(len(survived))]
-    seen = Counter(row for batch in survived for row in batch[2:])
-    assert set(seen.values()) == {1}
-    assert {f"0:{sample}" for sample in range(sum(SHARDS))} <= set(seen)
 
 
 def test_fetching_positions_is_the_same_stream(stream: Stream) -> None:
