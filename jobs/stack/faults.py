@@ -22,7 +22,7 @@ import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from aiohttp import ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
+from aiohttp import ClientError, ClientResponse, ClientSession, ClientTimeout, TCPConnector, web
 
 KINDS = ("status", "reset", "stall", "slow", "short")
 HOP = {"transfer-encoding", "connection", "keep-alive", "server", "date"}
@@ -94,7 +94,11 @@ class Proxy:
         asked = self._session.request(
             request.method, address, headers=headers, data=await request.read(), allow_redirects=False
         )
-        async with asked as answer:
+        try:
+            answer = await asked
+        except ClientError as error:  # Ceph gives some HEADs a body
+            return web.Response(status=502, text=f"{error}\n")
+        async with answer:
             return await _passed_on(request, answer, rule)
 
 
