@@ -51,9 +51,9 @@ class FlowConfig:
         return max(self.classes, 0) + max(self.attributes, 0)
 
     def settings(self) -> dict[str, Any]:
-        """Name -> value, for digests: settings that came `later` are left out at their default."""
+        """Name -> value, for digests: settings that came `later` are left out at their default; ignored is 0."""
         defaults = {field.name: field.default for field in fields(self)}
-        tree = asdict(self)
+        tree = asdict(self) | {"classes": max(self.classes, 0), "attributes": max(self.attributes, 0)}
         return {name: tree[name] for name in tree if name not in self.later or tree[name] != defaults[name]}
 
     def refuse_impossible(self) -> None:

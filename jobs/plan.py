@@ -73,7 +73,7 @@ def _about_model(config: TrainConfig, parameters: int) -> list[str]:
     shapes = ", ".join("x".join(map(str, shape)) for shape in make_flow(little).latent_shapes())
     return [
         f"model        {what}, {_number(parameters)} parameters; "
-        f"{model.classes} classes, {model.attributes} attributes",
+        f"{max(model.classes, 0)} classes, {max(model.attributes, 0)} attributes",
         f"latents      {shapes}",
     ]
 

@@ -73,6 +73,10 @@ def run(
                 raise
 
 
+IGNORABLE = {"classes": (-1,), "attributes": (-1,)}
+"""What a model may leave aside of its data, and how its settings say so; that stays, so that they may be read again."""
+
+
 def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     """The configuration with everything that follows from the data filled in; ConfigError where the two disagree."""
     if config.data.digest not in ("", manifest.digest):
@@ -86,9 +90,9 @@ def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
     }
     for name, value in follows.items():
         asked = getattr(config.model, name)
-        if asked not in (0, -1, value):
+        if asked not in (0, value, *IGNORABLE.get(name, ())):
             raise ConfigError(f"model.{name} is {asked}, the data has {value}", cure=f"leave model.{name} at 0")
-        follows[name] = 0 if asked == -1 else value
+        follows[name] = asked or value
     model = replace(config.model, **follows)
     try:
         model.refuse_impossible()

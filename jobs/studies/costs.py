@@ -63,7 +63,7 @@ def lasting(one: Cell, factor: float) -> Cell:
 def realnvp_cell(scale: Scale, name: str, seed: int, width: int) -> Cell:
     """A RealNVP under the settings of the studies' Glow."""
     base = cell(scale, name, "toy32", seed)
-    model = RealNVPConfig(levels=scale.levels, width=width, residuals=RESIDUALS, classes=-1, attributes=-1)
+    model = RealNVPConfig(levels=scale.levels, width=width, residuals=RESIDUALS)
     return replace(base, config=replace(base.config, model=model))
 
 

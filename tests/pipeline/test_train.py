@@ -263,7 +263,9 @@ def test_a_pinned_digest_must_be_the_datasets(config: TrainConfig) -> None:
 def test_conditions_can_be_left_out(config: TrainConfig) -> None:
     manifest = open_manifest(open_storage(config.data.prefix))
     plain = resolved(replace(config, model=replace(config.model, classes=-1, attributes=-1)), manifest)
-    assert (plain.model.classes, plain.model.attributes, plain.model.condition_size) == (0, 0, 0)
+    assert plain.model.condition_size == 0
+    assert plain.model.settings()["classes"] == plain.model.settings()["attributes"] == 0
+    assert resolved(plain, manifest) == plain  # settings of an unconditional run, read again, are unconditional
     assert run(replace(config, model=replace(config.model, classes=-1, attributes=-1)))["images"] == IMAGES
 
 
