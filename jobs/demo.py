@@ -185,15 +185,15 @@ class Demo:
     def evaluate(self) -> str:
         """bits/dim of all held-out images, kept beside the run."""
         from jobs.evaluate import show_in_mlflow
-        from pipeline.review import keep_review, kept_evaluation, open_subject
+        from pipeline.report import kept_review
+        from pipeline.review import keep_review, open_subject
 
         split = self.config.data.validation
-        found = kept_evaluation(self.run.storage, split, self.weights, self.manifest.digest)
-        if found is None:
+        kept = kept_review(self.run.storage, split, self.weights, self.manifest.digest)
+        if kept is None:
             keep_review(self.run.storage, self.review)
             show_in_mlflow(open_subject(self.run.storage.url), self.review)
-            found = self.review.main
-        figure = found.bits_per_dim
+        figure = (kept or self.review).main.bits_per_dim
         return f"{figure.mean:.3f} ± {figure.stderr:.3f} bits/dim on {figure.images} held-out images"
 
     def champion(self) -> LoadedModel | None:
@@ -255,8 +255,9 @@ class Demo:
 
     def _report(self, champion: LoadedModel, path: Path) -> None:
         from pipeline.gates import Result
+        from pipeline.page import as_html
         from pipeline.registry import ModelRegistry
-        from pipeline.report import as_html, as_json
+        from pipeline.report import as_json
         from pipeline.storage import canonical_json
 
         entries = ModelRegistry(self.uri).ledger(self.name).entries()

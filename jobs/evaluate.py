@@ -122,7 +122,8 @@ def evaluate_share(
 
 
 def _write(path: Path, found: Report) -> None:
-    from pipeline.report import as_html, as_json
+    from pipeline.page import as_html
+    from pipeline.report import as_json
     from pipeline.storage import canonical_json
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -208,7 +208,7 @@ def verify(target: Target, /, uri: str = "") -> int:
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
     """
     from pipeline.errors import DataError
-    from pipeline.model import verify_model
+    from pipeline.golden import verify_model
     from pipeline.registry import load_model
 
     loaded = load_model(target, uri)
@@ -255,7 +255,8 @@ def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = ""
     from pipeline.lineage import findings
     from pipeline.manifest import open_manifest
     from pipeline.registry import RUN_TAG
-    from pipeline.review import evaluate_model, kept_evaluation
+    from pipeline.report import kept_review
+    from pipeline.review import evaluate_model
     from pipeline.storage import open_storage
 
     tags = registry.tags(name, version)
@@ -268,8 +269,8 @@ def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = ""
         if loaded.digest not in said:
             own = registry.tags_of_digest(name, loaded.digest)
             split, weights = loaded.config.data["validation"], loaded.files["weights.safetensors"]
-            kept = kept_evaluation(open_storage(run), split, weights, digest) if (run := own.get(RUN_TAG)) else None
-            found = kept or evaluate_model(loaded, prefix, split, digest)
+            kept = kept_review(open_storage(run), split, weights, digest) if (run := own.get(RUN_TAG)) else None
+            found = kept.main if kept else evaluate_model(loaded, prefix, split, digest)
             said[loaded.digest] = Evidence(loaded, found, findings(loaded, own))
         return said[loaded.digest]
 

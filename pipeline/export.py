@@ -16,17 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from glow import Flow, GlowConfig, RealNVPConfig, attribute_directions, make_flow
+from glow import Flow, attribute_directions, make_flow
 from pipeline.checkpoint import accepting, load_latest
 from pipeline.config import DataConfig, TrainConfig, decisive, fingerprint, read_config
 from pipeline.errors import ConfigError, UsageError
 from pipeline.evaluate import BATCH, NOISE_SEED
+from pipeline.golden import EXAMPLES, decoder
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest
-from pipeline.model import EXAMPLES, ModelConfig, decoder, write_model
+from pipeline.model import ModelConfig, weights_of, write_model
+from pipeline.model_card import model_card
 from pipeline.order import Sequential
+from pipeline.report import kept_review
 from pipeline.sampling import Condition, one_thread
-from pipeline.storage import MissingError, Storage
+from pipeline.storage import MissingError, Storage, sha256_hex
 from pipeline.stream import Stream
 from pipeline.world import World
 
@@ -79,13 +82,14 @@ def natural_stream(manifest: Manifest, split: str, data: DataConfig) -> Stream:
     return Stream(manifest.storage, manifest, found, order, cache, int(data.cache_gb * 1e9))
 
 
-def export_model(run: TrainedRun, manifest: Manifest, card: str = "") -> str:
+def export_model(run: TrainedRun, manifest: Manifest) -> str:
     """Write RUN/model from the averaged weights and return its digest; equal weights and data give an equal digest."""
     if manifest.digest != run.config.data.digest:
         found = f"dataset {manifest.digest[:12]}, the run learned from {run.config.data.digest[:12]}"
         raise ConfigError(found, where=manifest.storage.url, cure="give --data with the prefix it was trained on")
     model = run.model()
     inputs = Examples(run.config, manifest, torch.device("cpu"))
+    kept = kept_review(run.storage, run.config.data.validation, sha256_hex(weights_of(model)), manifest.digest)
     with natural_stream(manifest, run.config.data.train, run.config.data) as stream:
         return write_model(
             run.storage.sub("model"),
@@ -94,7 +98,7 @@ def export_model(run: TrainedRun, manifest: Manifest, card: str = "") -> str:
             directions=directions(model, stream, inputs, manifest, run.config.data.bits),
             examples=example_conditions(stream, inputs),
             lineage=lineage_of(run, manifest),
-            card=card or model_card(run, manifest),
+            card=model_card(run.config, manifest, run.images, kept),
         )
 
 
@@ -162,28 +166,6 @@ def lineage_of(run: TrainedRun, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def model_card(run: TrainedRun, manifest: Manifest) -> str:
-    """The model card, in Markdown."""
-    config = run.config.model
-    known = [f"{len(manifest.labels)} classes ({', '.join(manifest.labels)})"] if config.classes > 0 else []
-    known += [f"{len(manifest.editable)} attributes ({', '.join(manifest.editable)})"] if config.attributes > 0 else []
-    lossless = "" if manifest.lossless else " (lossy shards: bits/dim compare with nothing)"
-    return f"""# {run.config.name}
-
-{architecture(config)}, over {config.size} px images of {config.channels} channels, \
-{run.config.data.bits} bits each.
-
-- Conditioned on: {" and ".join(known) or "nothing"}
-- Learned from: split `{run.config.data.train}` of dataset `{manifest.digest}`{lossless}, {run.images:,} images seen
-- Licence of the data: {manifest.license or "not stated"}
-- Dequantisation: {config.dequantization} noise
-- Weights: averaged with a half-life of {run.config.optim.ema_halflife:,} images
-
-Limits: it samples what resembles its training images, their biases included; likelihoods rank images by how
-compressible they are as much as by how typical; attributes are those annotated in the data, as annotated.
-"""
-
-
 def revision() -> tuple[str, bool]:
     """(commit of the program's source, whether it was changed since): as git says, else as GLOW_REVISION does.
 
@@ -193,19 +175,6 @@ def revision() -> tuple[str, bool]:
         return commit, bool(_git("status", "--porcelain"))
     told = os.environ.get("GLOW_REVISION", "")
     return told.removesuffix("-dirty"), told.endswith("-dirty")
-
-
-def architecture(config: GlowConfig | RealNVPConfig) -> str:
-    """What a model is, in words."""
-    if isinstance(config, RealNVPConfig):
-        return (
-            f"A RealNVP: a normalizing flow with exact likelihoods, {config.levels} scales of affine couplings by "
-            f"networks of {config.residuals} residuals and width {config.width}"
-        )
-    return (
-        f"A Glow: a normalizing flow with exact likelihoods, {config.levels} levels of {config.steps} steps, "
-        f"{config.coupling} couplings of width {config.width}"
-    )
 
 
 def _git(*arguments: str) -> str:

@@ -22,7 +22,8 @@ from glow import latents_of_seeds
 from pipeline.comparison import compare
 from pipeline.errors import ConfigError, GateError, UsageError
 from pipeline.evaluate import Evaluation, Figure
-from pipeline.model import LoadedModel, verify_model
+from pipeline.golden import verify_model
+from pipeline.model import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)

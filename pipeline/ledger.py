@@ -59,6 +59,17 @@ class Entry:
         change = f"{self.alias} {self.replaces or '-'} -> {self.version}"
         return f"{self.sequence:4}  {self.time}  {change}  {self.actor}  {gates}{forced}  {self.reason}".rstrip()
 
+    def markdown(self) -> str:
+        """For people who look at the version: what was decided, and the gates as a table."""
+        rows = [
+            f"| {gate['gate']} | {'passed' if gate['passed'] else 'failed'} | {gate['limit']:g} | {gate['detail']} |"
+            for gate in self.gates
+        ]
+        decided = f"Entry {self.sequence} of the ledger: {self.alias} since {self.time}, by {self.actor}"
+        why = f", because: {self.reason}" if self.reason else ""
+        forced = f" Overruled: {', '.join(self.forced)}." if self.forced else ""
+        return "\n".join([f"{decided}{why}.{forced}", "", "| gate | | limit | |", "|---|---|--:|---|", *rows])
+
     def __str__(self) -> str:
         return f"version {self.version} to {self.alias} by {self.actor} at {self.time}"
 

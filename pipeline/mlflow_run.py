@@ -133,7 +133,7 @@ class MlflowRun:
 
 def connect(uri: str) -> MlflowClient:
     """A client whose calls give up after seconds; MLflow's own defaults wait for four minutes."""
-    for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "5"), ("BACKOFF_FACTOR", "1")):
+    for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "30"), ("BACKOFF_FACTOR", "1")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)  # MLflow offers no other way
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient

@@ -96,14 +96,17 @@ def rollback(registry: ModelRegistry, request: Request) -> Promotion:
 
 
 def reconcile(registry: ModelRegistry, name: str, ledger: Ledger) -> None:
-    """Set every alias to what the ledger says, until the ledger did not change meanwhile.
+    """Set every alias, and the text beside its version, to what the ledger says, until that did not change meanwhile.
 
     This finishes a promotion that a crash cut off between ledger and alias, and puts right an alias set late by a
     slower promoter.
     """
     seen: list[Entry] | None = None
     while (entries := ledger.entries()) != seen:
-        registry.set_aliases(name, {entry.alias: entry.version for entry in entries})
+        standing = {entry.alias: entry for entry in entries}
+        registry.set_aliases(name, {alias: entry.version for alias, entry in standing.items()})
+        for entry in standing.values():
+            registry.describe(name, entry.version, entry.markdown())
         seen = entries
 
 

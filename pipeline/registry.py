@@ -32,6 +32,7 @@ ABOUT = (
     "`python -m jobs models promote`, which writes who, when, why and the gates into the ledger named by the tag "
     "`glow.ledger`; `python -m jobs models history` shows it. An alias set by hand lasts until the next promotion."
 )
+PROMOTED = "## Promotion"
 LEDGER_TAG, DIGEST_TAG, RUN_TAG = "glow.ledger", "glow.digest", "glow.run"
 
 
@@ -136,6 +137,14 @@ class ModelRegistry:
             for alias, version in versions.items():
                 if there.get(alias) != version:
                     self.client.set_registered_model_alias(name, alias, str(version))
+
+    def describe(self, name: str, version: int, promoted: str) -> None:
+        """Put what came of a promotion beneath the model card, in place of what an earlier one put there."""
+        with translated(self.uri):
+            there = self._version(name, version).description or ""
+            card = there.partition(PROMOTED)[0].rstrip() + f"\n\n{PROMOTED}\n\n{promoted}\n"
+            if card != there:
+                self.client.update_model_version(name, str(version), card)
 
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from glow import Flow
+from pipeline.bayes import Recognition, recognition
 from pipeline.conditioning import Obedience, obedience
 from pipeline.config import DataConfig, TrainConfig
 from pipeline.errors import ConfigError, UsageError
@@ -25,8 +25,9 @@ from pipeline.learner import Examples
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.model import LoadedModel, weights_of
 from pipeline.neighbours import Neighbours, nearest
+from pipeline.page import as_html
 from pipeline.registry import load_model
-from pipeline.report import Picture, Report, as_html, as_json, loss_curves
+from pipeline.report import Picture, Report, as_json, loss_curves
 from pipeline.sampling import Condition, sample
 from pipeline.spool import Row, parse_rows
 from pipeline.storage import MissingError, Storage, canonical_json, open_storage, sha256_hex
@@ -159,6 +160,7 @@ def review(
             own_samples=own_samples(subject.main, range(OWN_SEEDS), _conditions(subject, stream, OWN_SEEDS)),
             neighbours=found,
             conditioning=_conditioning(subject, stream, judge, temperature),
+            recognition=_recognition(subject, stream),
             curves=loss_curves(_rows(subject.run)),
             pictures=[*_pictures(subject, stream, temperature, beside), picture],
             lineage=subject.lineage,
@@ -177,6 +179,15 @@ def _conditioning(subject: Subject, stream: Stream, judge: Judge | None, heat: f
         return {}
     base = _conditions(subject, stream, OWN_SEEDS)
     return obedience(subject.main, subject.config.data.bits, subject.manifest.editable, judge, base, heat)
+
+
+def _recognition(subject: Subject, stream: Stream) -> dict[str, Recognition]:
+    """What the model's likelihoods tell about the first held-out images."""
+    inputs = Examples(subject.config, subject.manifest, torch.device("cpu"))
+    batch = stream.fetch(np.arange(min(OWN_SEEDS, stream.samples)))
+    x, *condition = inputs.of(batch, NOISE_SEED)
+    x, _ = subject.main.dequantized(x, subject.config.data.bits)
+    return recognition(subject.main, x, (condition[0], condition[1]), subject.manifest.editable)
 
 
 def _memorised(subject: Subject, stream: Stream, training: Stream, heat: float) -> tuple[Neighbours, Picture]:
@@ -199,27 +210,6 @@ def keep_review(run: Storage, report: Report) -> None:
     """Write RUN/eval/SPLIT.html and SPLIT.json."""
     run.write(f"eval/{report.split}.html", as_html(report).encode())
     run.write(f"eval/{report.split}.json", canonical_json(as_json(report)))
-
-
-def kept_evaluation(run: Storage, split: str, weights: str, data: str) -> Evaluation | None:
-    """What a kept review says about these weights on all of that split; None where it is about something else."""
-    try:
-        kept = TypeAdapter(_Kept).validate_json(run.read(f"eval/{split}.json"))
-    except (MissingError, ValidationError):
-        return None
-    found = next(iter(kept.evaluations.values()))
-    same = (kept.lineage.get("weights"), kept.data) == (weights, data)
-    return found if same and found.bits_per_dim.images == kept.samples else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kept:
-    """The part of a kept review that promotion needs."""
-
-    samples: int
-    data: str
-    evaluations: dict[str, Evaluation]
-    lineage: dict[str, str]
 
 
 def _rows(run: Storage | None) -> list[Row]:

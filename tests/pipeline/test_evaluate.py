@@ -22,8 +22,9 @@ from pipeline.export import natural_stream, read_run
 from pipeline.gates import Result
 from pipeline.learner import Examples
 from pipeline.manifest import open_manifest
-from pipeline.report import Report, as_html, as_json
-from pipeline.review import Subject, keep_review, kept_evaluation, open_subject, review
+from pipeline.page import as_html
+from pipeline.report import Report, as_json, kept_review
+from pipeline.review import Subject, keep_review, open_subject, review
 from pipeline.storage import canonical_json, open_storage
 from pipeline.stream import Stream
 from pipeline.world import World
@@ -171,16 +172,18 @@ def test_the_report_as_json_holds_every_value_and_null_for_what_is_not_finite(su
 def test_a_kept_review_speaks_for_the_same_weights_and_all_of_the_same_images(subject: Subject, tmp_path: Path) -> None:
     run = open_storage(str(copy_of_run(tmp_path)))
     weights, data = subject.lineage["weights"], subject.manifest.digest
-    assert kept_evaluation(run, "val", weights, data) is None
+    assert kept_review(run, "val", weights, data) is None
     some = review(subject, "val", images=6)
     keep_review(run, some)
-    assert kept_evaluation(run, "val", weights, data) is None
+    assert kept_review(run, "val", weights, data) is None
     whole = review(subject, "val")
     keep_review(run, whole)
-    assert kept_evaluation(run, "val", weights, data) == whole.main
-    assert kept_evaluation(run, "val", "0" * 64, data) is None
-    assert kept_evaluation(run, "val", weights, "0" * 64) is None
-    assert kept_evaluation(run, "train", weights, data) is None
+    kept = kept_review(run, "val", weights, data)
+    assert kept is not None
+    assert (kept.main, kept.codecs, kept.neighbours) == (whole.main, whole.codecs, whole.neighbours)
+    assert kept_review(run, "val", "0" * 64, data) is None
+    assert kept_review(run, "val", weights, "0" * 64) is None
+    assert kept_review(run, "train", weights, data) is None
 
 
 def test_directions_point_from_without_to_with(subject: Subject) -> None:

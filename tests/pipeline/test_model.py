@@ -15,7 +15,8 @@ import torch
 
 from glow import Glow
 from pipeline.errors import DataError, UsageError
-from pipeline.model import COVERED, LoadedModel, read_model, verify_model
+from pipeline.golden import verify_model
+from pipeline.model import COVERED, LoadedModel, read_model
 from pipeline.storage import canonical_json, open_storage, sha256_hex
 from tests.pipeline.models import tiny_config, tiny_model, write_tiny
 
@@ -199,7 +200,7 @@ class Absent:
 
 BLOCKED = {"ray", "mlflow", "s3fs", "fsspec", "boto3", "botocore", "webdataset", "tyro", "rich", "pandas", "yaml"}
 sys.meta_path.insert(0, Absent())
-from pipeline.model import verify_model
+from pipeline.golden import verify_model
 from pipeline.registry import load_model
 loaded = load_model(sys.argv[1])
 check = verify_model(loaded)

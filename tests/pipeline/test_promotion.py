@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import http.server
 import json
-import multiprocessing
-import os
-import signal
-import sys
 import threading
-from collections.abc import Sequence
-from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from types import FrameType
 from typing import ClassVar
 
 import pytest
@@ -28,10 +19,10 @@ from pipeline.promotion import Request, rollback
 from pipeline.registry import ModelRegistry, load_model
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
 from tests.pipeline.models import write_tiny
+from tests.pipeline.races import kill_at_boundaries, race_of
 from tests.pipeline.versions import LIMITS, by_digest, evaluation, promoted, register, saying
 
 pytestmark = MLFLOW_NOISE
-HANG = 240
 
 
 @pytest.fixture
@@ -234,49 +225,6 @@ def test_a_store_without_conditional_writes_is_refused(
     assert "champion" not in registry.client.get_registered_model("faces").aliases
 
 
-def once_all_are_here(wanted: str, start: Barrier, loaded: LoadedModel) -> Evidence:
-    """Say something about a model; of the one to be promoted, not of the champion, when everybody is asked."""
-    if loaded.digest == wanted:
-        start.wait(HANG)
-    return saying(2.0, 2.1)(loaded)
-
-
-def race(uri: str, rounds: Sequence[int], start: Barrier, said: Queue[tuple[int, str]]) -> None:
-    """Promote one version a round, everybody having decided on the same ledger; the others of a round lose."""
-    registry = ModelRegistry(uri)
-    for number, version in enumerate(rounds):
-        wanted = registry.tags("faces", version)["glow.digest"]
-        try:
-            entry = promoted(registry, version, functools.partial(once_all_are_here, wanted, start)).entry
-            said.put((number, f"won {entry.attempt}" if entry else "nothing"))
-        except ConflictError as error:
-            said.put((number, error.what))
-        start.wait(HANG)
-
-
-def race_of(registry: ModelRegistry, folder: Path, racers: int, rounds: int) -> None:
-    """Let processes race; expect one winner a round, named by the others, and a line of entries the alias follows."""
-    for seed in (0, 1):
-        register(registry, folder / f"m{seed}", seed)
-    # A version that is champion already is not promoted again: rounds take turns.
-    versions = [1 + number % 2 for number in range(rounds)]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.promotion", "mlflow"])
-    start, said = context.Barrier(racers), context.Queue()
-    processes = [context.Process(target=race, args=(registry.uri, versions, start, said)) for _ in range(racers)]
-    for process in processes:
-        process.start()
-    found = [said.get(timeout=HANG) for _ in range(racers * rounds)]
-    for process in processes:
-        process.join(60)
-    entries = registry.ledger("faces").entries()
-    assert [entry.version for entry in entries] == versions
-    for number, entry in enumerate(entries):
-        words = sorted(word for each, word in found if each == number)
-        assert words == sorted([f"won {entry.attempt}", *[f"{entry} came first"] * (racers - 1)])
-    assert registry.resolve("faces", "champion") == versions[-1]
-
-
 def test_of_racing_promoters_one_wins_a_round(registry: ModelRegistry, tmp_path: Path) -> None:
     race_of(registry, tmp_path, racers=4, rounds=3)
 
@@ -286,51 +234,8 @@ def test_of_sixteen_racing_promoters_one_wins_each_of_twenty_rounds(registry: Mo
     race_of(registry, tmp_path, racers=16, rounds=20)
 
 
-BOUNDARIES = ("append", "create", "reconcile", "set_aliases", "set_registered_model_alias")
-"""Functions at whose calls and returns a promotion is killed: all that it does from the entry to the alias."""
-
-
-def promote_until(uri: str, version: int, last: int, survived: Queue[int]) -> None:
-    """Promote, and kill this process at its boundary number `last`; tell how many there were if it survives."""
-    registry = ModelRegistry(uri)
-    passed = 0
-
-    def profiled(frame: FrameType, event: str, _: object) -> None:
-        nonlocal passed
-        ours = "/pipeline/" in frame.f_code.co_filename or "/mlflow/" in frame.f_code.co_filename
-        if ours and event in ("call", "return") and frame.f_code.co_name in BOUNDARIES:
-            passed += 1
-            if passed == last:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.setprofile(profiled)
-    promoted(registry, version, saying(2.0, 2.1))
-    sys.setprofile(None)
-    survived.put(passed)
-
-
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.nightly)])
 def test_a_kill_at_a_boundary_is_put_right_by_the_next_promotion(
     registry: ModelRegistry, tmp_path: Path, stride: int
 ) -> None:
-    for seed in (0, 1):
-        register(registry, tmp_path / f"m{seed}", seed)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.promotion", "mlflow"])
-    survived = context.Queue()
-    for last in range(1, 100, stride):
-        before = registry.ledger("faces").entries()
-        version = 2 if before and before[-1].version == 1 else 1
-        process = context.Process(target=promote_until, args=(registry.uri, version, last, survived))
-        process.start()
-        process.join(HANG)
-        after = registry.ledger("faces").entries()
-        assert after[: len(before)] == before
-        assert len(after) - len(before) in (0, 1)
-        promoted(registry, version, saying(2.0, 2.1))
-        assert [entry.version for entry in registry.ledger("faces").entries()][len(before) :] == [version]
-        assert registry.resolve("faces", "champion") == version
-        if process.exitcode == 0:
-            break
-    assert survived.get(timeout=10) < last
-    assert last > 10
+    kill_at_boundaries(registry, tmp_path, stride)

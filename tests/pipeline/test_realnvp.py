@@ -15,8 +15,9 @@ from pipeline.checkpoint import accepting, load_latest
 from pipeline.config import OptimConfig, TrainConfig, decisive, fingerprint, read_config, write_config
 from pipeline.errors import ConfigError
 from pipeline.export import export_model, read_run
+from pipeline.golden import verify_model
 from pipeline.manifest import open_manifest
-from pipeline.model import read_model, verify_model
+from pipeline.model import read_model
 from pipeline.storage import open_storage
 from pipeline.train import resolved, run
 from pipeline.world import World

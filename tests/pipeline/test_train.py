@@ -29,8 +29,9 @@ from pipeline.config import (
 )
 from pipeline.errors import ConfigError, ConflictError, DivergedError, Interrupted
 from pipeline.export import export_model, natural_stream, read_run
+from pipeline.golden import verify_model
 from pipeline.manifest import open_manifest
-from pipeline.model import read_model, verify_model
+from pipeline.model import read_model
 from pipeline.review import evaluate_subject, open_subject
 from pipeline.storage import open_storage
 from pipeline.toy import write_toy

@@ -52,10 +52,11 @@ def promoted(
     version: int,
     evidence: Callable[[LoadedModel], Evidence],
     announce: Callable[[Sequence[Result]], None] = lambda results: None,
+    name: str = "faces",
     **words: Any,
 ) -> Promotion:
-    """Promote a version of faces."""
-    return promote(registry, Request(name="faces", version=version, **words), evidence, LIMITS, announce)
+    """Promote a version."""
+    return promote(registry, Request(name=name, version=version, **words), evidence, LIMITS, announce)
 
 
 def register(registry: ModelRegistry, folder: Path, seed: int = 0, name: str = "faces") -> int:
