@@ -40,7 +40,8 @@ def recognition(model: Flow, x: Tensor, condition: Condition, editable: Sequence
     label, attributes = condition
     found: dict[str, Recognition] = {}
     if label is not None and bool((label >= 0).all()):
-        found["class"] = _told(model.posterior(x, attributes).double().log(), label)
+        every = [model.log_prob(x, torch.full_like(label, each), attributes) for each in range(model.config.classes)]
+        found["class"] = _told(torch.log_softmax(torch.stack(every, 1).double(), dim=1), label)
     if attributes is not None:
         known = model.log_prob(x, label, attributes).double()
         for column, name in enumerate(editable):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from glow import Flow
-from pipeline.judge import Judge
 from pipeline.sampling import Condition, condition_of, sample
+
+if TYPE_CHECKING:
+    from pipeline.judge import Judge
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,8 @@ class Evaluation:
     """Largest |encode(decode(z)) - z| of every level over those images' latents z."""
     pit: tuple[Uniformity, ...] = ()
     """Phi of every level's latents of those images; uniform where the model is right."""
+    ends: float = 0.0
+    """Share of the images' values in the lowest and the highest of the 2^bits bins: black and white cut off."""
     values: tuple[float, ...]
     """Of every image, in the order of the split."""
     dequantization: str = "uniform"
@@ -107,7 +109,7 @@ def evaluate(
     count = min(images or stream.samples, stream.samples)
     parts = [_measured(model, examples, part, bits, round_trip) for part in _own_batches(stream, world, count, batch)]
     levels = len(model.latent_shapes())
-    widths = (5 + levels, 2 + levels + COLUMNS * levels)
+    widths = (6 + levels, 2 + levels + COLUMNS * levels)
     none = [torch.zeros(0, width, dtype=torch.float64) for width in widths]
     whole, looked = (gather_ordered(world, torch.cat(rows)) for rows in zip(none, *parts, strict=True))
     return _summarised(whole, looked, model, bits, labels)
@@ -165,7 +167,8 @@ def _own_batches(stream: Stream, world: World, count: int, batch: int) -> Iterat
 @torch.no_grad()
 def _measured(model: Flow, examples: Examples, batch: Batch, bits: int, round_trip: int) -> tuple[Tensor, Tensor]:
     """Float64 tables of a batch: of every image its bound, log_det, every level's prior, -log q, bound under uniform
-    noise (nats) and label; and of those that go to the latents and back (none or all) what `_round_trips` says.
+    noise (nats), share of values at the ends and label; and of those that go to the latents and back (none or all)
+    what `_round_trips` says.
     """
     x, label, attributes = examples.of(batch, NOISE_SEED)
     terms = model.bound(x, bits, label, attributes)
@@ -173,8 +176,10 @@ def _measured(model: Flow, examples: Examples, batch: Batch, bits: int, round_tr
         freedom, uniform = torch.zeros_like(terms.log_prob), terms.log_prob
     else:
         freedom, uniform = terms.dequantization, model.log_prob(x, label, attributes)
-    columns = [terms.log_prob, terms.log_det, *terms.priors, freedom, uniform, batch.labels.to(x.device)]
-    table = torch.stack([column.double() for column in columns], dim=1).cpu()
+    kept = quantize(batch.pixels, bits)
+    ends = ((kept == 0) | (kept == 2**bits - 1)).double().flatten(1).mean(1)
+    columns = [terms.log_prob, terms.log_det, *terms.priors, freedom, uniform, ends, batch.labels]
+    table = torch.stack([column.double().cpu() for column in columns], dim=1)
     looked = min(len(x), max(0, round_trip - int(batch.samples[0])))
     part = [None if whole is None else whole[:looked] for whole in (label, attributes)]
     return table, _round_trips(model, x[:looked], batch.pixels[:looked], bits, *part)
@@ -203,9 +208,9 @@ def _largest(difference: Tensor) -> Tensor:
 
 def _summarised(table: Tensor, looked: Tensor, model: Flow, bits: int, names: Sequence[str]) -> Evaluation:
     kind = model.config.dequantization
-    values, uniform = (bits_per_dim(table[:, column], model.dims, bits).tolist() for column in (0, -2))
+    values, uniform = (bits_per_dim(table[:, column], model.dims, bits).tolist() for column in (0, -3))
     labels = [int(label) for label in table[:, -1]]
-    shares = (table[:, 1:-2].mean(0) / (-math.log(2) * model.dims)).tolist()
+    shares = (table[:, 1:-3].mean(0) / (-math.log(2) * model.dims)).tolist()
     by_class = {
         name: [v for v, label in zip(values, labels, strict=True) if label == i] for i, name in enumerate(names)
     }
@@ -218,6 +223,7 @@ def _summarised(table: Tensor, looked: Tensor, model: Flow, bits: int, names: Se
         dequantization=kind,
         noise=shares[-1],
         uniform_noise=Figure.of(uniform) if kind == "variational" else None,
+        ends=float(table[:, -2].mean()),
         class_names=tuple(names),
         classes={name: Figure.of(found) for name, found in by_class.items() if found},
         values=tuple(values),

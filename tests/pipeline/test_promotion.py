@@ -122,6 +122,11 @@ def test_gates_compare_pair_by_pair_beyond_chance(tmp_path: Path) -> None:
     assert passed([1.3, 2.8, 1.6, 3.3], old)["bits_per_dim"]  # better or worse by chance
     assert not passed([v + 0.05 * (index % 2) for index, v in enumerate(old)], old)["worst_class"]
     assert not passed([float("nan"), 1.0], [1.0, 1.0])["bits_per_dim"]
+    tight = dataclasses.replace(LIMITS, saturated=0.0)
+    bright = dataclasses.replace(evaluation(old), ends=1.0)  # data that is black and white itself
+    for each, fine in ((evaluation(old), False), (bright, True)):
+        results = judge(Evidence(loaded, each), None, tight)
+        assert {result.gate: result.passed for result in results}["saturated"] is fine
     assert not passed(old, old, round_trip=2e-3)["round_trip"]
     assert not passed(old, old, round_trip=float("nan"))["round_trip"]
     assert not passed(old, old, round_trip=-1.0)["round_trip"]
