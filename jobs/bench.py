@@ -49,6 +49,9 @@ COLUMNS = {
     "per_core": "images/s a core",
     "x_loop": "x bare loop",
     "x_wds": "x webdataset",
+    "x_up": "x up",
+    "cpu_ms": "CPU ms",
+    "x_up_cpu": "x up",
     "resident": "MiB after 3 epochs",
     "batch_ms": "ms/batch",
     "x_clean": "x as it is",
@@ -125,6 +128,10 @@ COMMANDS: dict[str, tuple[str, Flags]] = {
     "data": (
         "images a second a core through the stream, beside plain webdataset and a bare loop",
         (*FACES, ("--encodings", "png,raw,jpg,webp", "forms of the images in turn")),
+    ),
+    "tracking": (
+        "time of a training step while MLflow is up, killed, hung or failing",
+        (*ROUNDS, ("--steps", 10, "training steps a turn")),
     ),
     "faults": (
         "time of a batch through a proxy in front of S3 that refuses, resets, stalls and cuts",
@@ -238,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0, or 2 where the flags make no sense."""
     root = parser()
     options = root.parse_args(argv)
-    measure = {"drift": _drift, "logdet": _log_det, "data": _data, "faults": _data}.get(options.command, _steps)
+    others = {"drift": _drift, "logdet": _log_det, "data": _data, "faults": _data, "tracking": _tracking}
+    measure = others.get(options.command, _steps)
     try:
         about, work = measure(options)
     except ValueError as error:
@@ -296,6 +304,12 @@ def _data(options: argparse.Namespace) -> Measurement:
     from jobs import bench_data, bench_faults
 
     return bench_data.data(options) if options.command == "data" else bench_faults.faults(options)
+
+
+def _tracking(options: argparse.Namespace) -> Measurement:
+    from jobs import bench_tracking
+
+    return bench_tracking.tracking(options)
 
 
 def _drift(options: argparse.Namespace) -> Measurement:

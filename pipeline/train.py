@@ -136,7 +136,8 @@ def train(
     accepted = accepting(identity, settings, config.allow_change)
     loaded = load_latest(folder, world, accepted, on_event=lambda text: tracker.event("checkpoint", text=text))
     on_first(world, lambda: folder.write("config.toml", write_config(replace(config, allow_change=())).encode()))
-    tracker.start(flat_params(config), {"name": config.name, "source": manifest.storage.url, "digest": manifest.digest})
+    tracker.start(flat_params(config), inputs_of(manifest))
+    tracker.artifact("config.toml")
     figures: dict[str, float] = {}
     saver = Saver(folder, world, identity, keep=schedule.keep, token=token, committed=tracker.sync)
     with opened(config, manifest, world) as (stream, unseen), stop_asked() as asked, closing(saver):
@@ -183,6 +184,14 @@ def tell(learner: Learner, tracker: Tracker) -> None:
     """Record what happened to the run's anchors since the last call."""
     while learner.anchors.news:
         tracker.event("anchors", text=learner.anchors.news.pop(0), anchor_every=list(learner.anchors.anchor_every))
+
+
+def inputs_of(manifest: Manifest) -> dict[str, Any]:
+    """What MLflow is told of the dataset."""
+    place = manifest.storage.url.rstrip("/")
+    samples = {name: split.samples for name, split in manifest.splits.items()}
+    told = {"name": place.rpartition("/")[2], "source": place, "digest": manifest.digest, "samples": samples}
+    return told | {"license": manifest.license}
 
 
 def due(images: int, every: int, batch: int) -> bool:
