@@ -101,7 +101,7 @@ def _on_ray(subject: Subject, target: str, split: str, images: int, uri: str, wo
     """The evaluation shared by Ray workers, each of which opens the target by itself."""
     from jobs import cluster
 
-    config = replace(subject.config, cluster=replace(subject.config.cluster, workers=workers))
+    config = replace(subject.config, cluster=replace(subject.config.cluster, workers=workers, min_workers=0))
     work = functools.partial(evaluate_share, target=target, split=split, images=images, uri=uri)
     return cluster.train(config, lambda row: print(row["event"]) if "event" in row else None, work)
 
