@@ -62,8 +62,9 @@ class Entry:
     def markdown(self) -> str:
         """For people who look at the version: what was decided, and the gates as a table."""
         rows = [
-            f"| {gate['gate']} | {'passed' if gate['passed'] else 'failed'} | {gate['limit']:g} | {gate['detail']} |"
+            f"| {gate['gate']} | {'passed' if gate['passed'] else 'failed'} | {gate['limit']:.4g} | {detail} |"
             for gate in self.gates
+            for detail in [str(gate["detail"]).replace("|", "\\|")]
         ]
         decided = f"Entry {self.sequence} of the ledger: {self.alias} since {self.time}, by {self.actor}"
         why = f", because: {self.reason}" if self.reason else ""

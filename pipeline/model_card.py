@@ -33,7 +33,7 @@ def model_card(config: TrainConfig, manifest: Manifest, images: int, kept: Kept 
 
 ## Limits
 
-It samples what resembles its training images, their biases included; likelihoods rank images by how
+It samples what resembles its training images, their biases included; likelihoods rank images by how \
 compressible they are as much as by how typical; attributes are those annotated in the data, as annotated.
 """
 

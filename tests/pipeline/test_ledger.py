@@ -57,6 +57,14 @@ def test_entries_are_chained_by_the_digest_of_the_one_before(tmp_path: Path) -> 
     assert current(entries, "challenger") is None
 
 
+def test_the_gates_are_a_table_whatever_their_details_say() -> None:
+    gates = ({"gate": "round_trip", "passed": False, "value": 1.0, "limit": 0.001, "detail": "max |x - y|"},)
+    text = dataclasses.replace(ENTRY, sequence=4, gates=gates, forced=("round_trip",), reason="to see").markdown()
+    assert "Entry 4 of the ledger: champion since 2026-11-22T15:00:00+00:00, by ada@host, because: to see." in text
+    assert "Overruled: round_trip." in text
+    assert text.endswith("| round_trip | failed | 0.001 | max \\|x - y\\| |")
+
+
 @pytest.mark.parametrize("harm", ["changed", "removed", "swapped", "foreign"])
 def test_a_changed_history_is_noticed(tmp_path: Path, harm: str) -> None:
     book = ledger(tmp_path)
