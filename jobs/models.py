@@ -52,19 +52,20 @@ def register(
         run: The run's folder or s3:// prefix.
         name: Registered model; empty takes the run's name.
         data: Prefix of the dataset; empty takes the one the run learned from.
-        uri: MLflow address; empty takes the run's.
+        uri: MLflow address; empty takes the run's, or MLFLOW_TRACKING_URI where it has none.
         registry: Prefix of the ledger, fixed by the first registration; empty takes a folder beside a sqlite database.
         dry_run: Say what would be registered, write nothing.
     """
     from pipeline.export import export_model, read_run
     from pipeline.manifest import open_manifest
+    from pipeline.mlflow_run import default_uri
     from pipeline.registry import ModelRegistry
     from pipeline.storage import open_storage
 
     trained = read_run(open_storage(run))
     name = name or trained.config.name
     manifest = open_manifest(open_storage(data or trained.config.data.prefix))
-    versions = ModelRegistry(uri or trained.config.tracking.uri, registry)
+    versions = ModelRegistry(uri or trained.config.tracking.uri or default_uri(), registry)
     if dry_run:
         print(f"dry run: would write {trained.storage.url}/model from step {trained.step} and register it as {name}")
         return 0
