@@ -71,7 +71,7 @@ def test_the_worse_is_refused_the_better_promoted_the_forced_on_record_and_the_w
         models.main(["promote", name, str(noisy[1]), *data, *lineage])
     assert caught.value.exit_code == 5
     assert "FAILED  bits_per_dim" in capsys.readouterr().out
-    every = [word for gate in ("bits_per_dim", "worst_class") for word in ("--force-gate", gate)]
+    every = [word for gate in ("bits_per_dim", "worst_class", "saturated") for word in ("--force-gate", gate)]
     assert models.main(["promote", name, str(noisy[1]), *data, *every, *lineage]) == 0
     assert models.main(["rollback", name, "--reason", "seen"]) == 0
     entries = registry.ledger(name).entries()
