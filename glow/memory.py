@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from glow.inverses import Inverses
@@ -54,9 +54,17 @@ class Tape:
         self.start()
 
 
-class Place(NamedTuple):
-    """Where in its chain a member stands."""
+class Unit(NamedTuple):
+    """A part of a member and its trained parameters, found once: to walk modules again would cost backward more."""
 
+    part: Bijection
+    trained: list[nn.Parameter]
+
+
+class Place(NamedTuple):
+    """What a member of a chain is made of, and where it stands."""
+
+    units: list[Unit]
     first: bool
     last: bool
     keep: bool
@@ -75,9 +83,10 @@ def anchored(
     log_det = x.new_zeros(x.shape[0])
     last = len(members) - 1
     for index, member in enumerate(members):
-        place = Place(first=index == 0, last=index == last, keep=(last - index) % every == 0)
-        trained = [p for p in member.parameters() if p.requires_grad]
-        linked = _Link.apply(tape, member, place, x, log_det, condition, *trained)  # pyright: ignore
+        units = [Unit(part, _trained(part)) for part in part_list(member)]
+        place = Place(units, first=index == 0, last=index == last, keep=(last - index) % every == 0)
+        trained = dict.fromkeys(p for unit in units for p in unit.trained)
+        linked = _Link.apply(tape, place, x, log_det, condition, *trained)  # pyright: ignore
         x, log_det = cast("tuple[Tensor, Tensor]", linked)
     return x, log_det
 
@@ -89,16 +98,14 @@ class _Link(torch.autograd.Function):
     def forward(
         ctx: Any,
         tape: Tape,
-        member: Bijection,
         place: Place,
         x: Tensor,
         log_det: Tensor,
         condition: Tensor | None,
         *trained: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        y, term, kept, draws = _applied(member, x, condition)
-        ctx.tape, ctx.member, ctx.place = tape, member, place
-        ctx.versions = tuple(p._version for p in trained)
+        y, term, kept, draws = _applied(place.units, x, condition)
+        ctx.tape, ctx.place, ctx.versions = tape, place, tuple(p._version for p in trained)
         ctx.autocast = _autocast_of(x)
         ctx.save_for_backward(*kept, *draws, *([y, condition] if place.keep else ()), *([x] if place.first else ()))
         return y, log_det + term
@@ -107,10 +114,10 @@ class _Link(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore
         grad_y, grad_log_det = grad_outputs
-        tape, parts, everything = ctx.tape, part_list(ctx.member), ctx.saved_tensors
-        count = len(parts)
+        tape, units, everything = ctx.tape, ctx.place.units, ctx.saved_tensors
+        count = len(units)
         kept, draws, saved = everything[:count], everything[count : 2 * count], everything[2 * count :]
-        trained = [p for p in ctx.member.parameters() if p.requires_grad]
+        trained = dict.fromkeys(p for unit in units for p in unit.trained)
         if ctx.versions != tuple(p._version for p in trained):
             raise RuntimeError("a parameter changed between forward and backward: its step can no longer be inverted")
         if ctx.place.last:
@@ -120,21 +127,21 @@ class _Link(torch.autograd.Function):
             tape.state, tape.condition = saved[0], saved[1]
         with _restored(ctx.autocast), tape.inverses.lent():
             tape.state, grad_x, grad_condition, found = _pull_back(
-                parts, kept, draws, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[5]
+                units, kept, draws, tape.state, tape.condition, grad_y, grad_log_det, ctx.needs_input_grad[4]
             )
         if ctx.place.first:
             tape.finish(saved[-1])
-        return None, None, None, grad_x, grad_log_det, grad_condition, *(found.get(id(p)) for p in trained)
+        return None, None, grad_x, grad_log_det, grad_condition, *(found.get(p) for p in trained)
 
 
 def _applied(
-    member: Bijection, x: Tensor, condition: Tensor | None
+    units: Sequence[Unit], x: Tensor, condition: Tensor | None
 ) -> tuple[Tensor, Tensor, list[Tensor | None], list[Tensor | None]]:
     """(y, log_det) of a member's parts in order, what each keeps, and the generators' state before each that drew."""
     log_det = x.new_zeros(x.shape[0])
     kept: list[Tensor | None] = []
     draws: list[Tensor | None] = []
-    for part in part_list(member):
+    for part, _ in units:
         before = _random_state(x.device)
         x, term = part(x, condition)
         kept.append(part.kept())
@@ -144,7 +151,7 @@ def _applied(
 
 
 def _pull_back(
-    parts: Sequence[Bijection],
+    units: Sequence[Unit],
     kept: Sequence[Tensor | None],
     draws: Sequence[Tensor | None],
     y: Tensor,
@@ -152,13 +159,12 @@ def _pull_back(
     grad_y: Tensor,
     grad_log_det: Tensor,
     wants_condition: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, dict[int, Tensor | None]]:
+) -> tuple[Tensor, Tensor, Tensor | None, dict[nn.Parameter, Tensor | None]]:
     """Recover a member's input and pull gradients back through it, part by part."""
-    found: dict[int, Tensor | None] = {}
+    found: dict[nn.Parameter, Tensor | None] = {}
     grad_condition: Tensor | None = None
     leaf = condition.detach().requires_grad_() if wants_condition and condition is not None else condition
-    for part, memo, draw in zip(reversed(parts), reversed(kept), reversed(draws), strict=True):
-        trained = [p for p in part.parameters() if p.requires_grad]
+    for (part, trained), memo, draw in zip(reversed(units), reversed(kept), reversed(draws), strict=True):
         with torch.enable_grad(), _drawing_from(draw, y.device):
             leaves, again, log_det = part.recompute(y, leaf, memo)
         inputs = [*leaves, *trained, *([leaf] if wants_condition and leaf is not None else [])]
@@ -168,10 +174,15 @@ def _pull_back(
         y = _join([block.detach() for block in leaves])
         grad_y = _join([g if g is not None else torch.zeros_like(b) for g, b in zip(grads, leaves, strict=False)])
         for parameter, grad in zip(trained, grads[len(leaves) :], strict=False):
-            found[id(parameter)] = _sum(found.get(id(parameter)), grad)
+            found[parameter] = _sum(found.get(parameter), grad)
         if wants_condition:
             grad_condition = _sum(grad_condition, grads[-1])
     return y, grad_y, grad_condition, found
+
+
+def _trained(part: Bijection) -> list[nn.Parameter]:
+    """The parameters of a part that get gradients."""
+    return [p for p in part.parameters() if p.requires_grad]
 
 
 def part_list(member: Bijection) -> list[Bijection]:

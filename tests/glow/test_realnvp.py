@@ -112,6 +112,26 @@ def test_a_whole_models_anchored_gradients_are_plain_autograds(training: bool) -
         assert distance(model_gradients(flow, x, **GIVEN), wanted) < 1e-8
 
 
+def test_networks_in_bfloat16_are_inverted_to_their_own_precision() -> None:
+    """The stream stays float32; the recovered half is off by what a bfloat16 network makes of its last bit."""
+    flow = model(classes=0, attributes=0).float()
+    x = images().float()
+
+    def found(anchors: int) -> list[Tensor]:
+        flow.set_anchors([anchors])
+        with torch.autocast("cpu", torch.bfloat16):
+            log_prob = flow.log_prob(x)
+        assert log_prob.dtype == torch.float32
+        return list(torch.autograd.grad(log_prob.mean(), list(flow.parameters())))
+
+    wanted = found(0)
+    for anchors in (1, 9):
+        assert distance(found(anchors), wanted) < 0.05
+        error = flow.inversion_error()
+        assert error is not None
+        assert error < 0.05
+
+
 def test_inversion_saves_two_vectors_a_coupling_and_no_map() -> None:
     def saved(steps: int) -> int:
         chain = Chain(*(field_coupling(3, odd=i % 2 == 1) for i in range(steps)))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.parity import realnvp
 from tests.parity import restatement as plain
 from tests.parity.restatement import Array
 
@@ -46,6 +47,9 @@ CASES = {
     "affine, dense, conditioned": Case(affine=True, lu=False, classes=3, steps=1),
     "additive, lu, conditioned everywhere": Case(affine=False, lu=True, classes=2, attributes=3, everywhere=True),
 }
+
+REALNVP_CASES = {"realnvp": (0, 2), "realnvp, conditioned": (3, 1)}
+"""Name -> (length of its condition, residuals) of a RealNVP of 4 px, one channel, two scales and width 2."""
 
 IMAGES = 3
 
@@ -156,12 +160,92 @@ def golden_pieces(rng: np.random.Generator) -> dict[str, Array]:
     }
 
 
+def realnvp_weights(condition: int, residuals: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Every parameter and running moment of a small RealNVP by name."""
+    found: dict[str, Array] = {}
+
+    def draw(name: str, *shape: int, by: float = 0.4, middle: float = 0.0) -> None:
+        found[name] = middle + np.round(by * rng.standard_normal(shape) * 2**10) / 2**10
+
+    def norm(at: str, channels: int) -> None:
+        draw(at + "mean", channels)
+        found[at + "var"] = np.round(np.exp(0.5 * rng.standard_normal(channels)) * 2**10) / 2**10
+
+    def biased_norm(at: str, channels: int) -> None:
+        norm(at + "norm.", channels)
+        draw(at + "bias", channels)
+
+    def conv(at: str, channels: int, outputs: int, size: int, *, scaled: bool = True, biased: bool = True) -> None:
+        draw(at + "direction", outputs, channels, size, size)
+        if scaled:
+            draw(at + "magnitude", outputs, middle=1.0)
+        if biased:
+            draw(at + "bias", outputs)
+
+    def network(at: str, channels: int, outputs: int, width: int) -> None:
+        conv(at + "first.", channels, width, 3, scaled=False)
+        for i in range(residuals):
+            biased_norm(f"{at}residuals.{i}.norm_first.", width)
+            conv(f"{at}residuals.{i}.first.", width, width, 3, scaled=False, biased=False)
+            biased_norm(f"{at}residuals.{i}.norm_second.", width)
+            conv(f"{at}residuals.{i}.second.", width, width, 3)
+        for i in range(residuals + 1):
+            conv(f"{at}skips.{i}.", width, width, 1)
+        biased_norm(at + "norm_last.", width)
+        conv(at + "last.", width, outputs, 1)
+        if condition:
+            draw(at + "condition.weight", width, condition)
+
+    def coupling(at: str, channels: int, mask: int, width: int) -> None:
+        draw(at + "rescale", middle=0.6)
+        biased_norm(at + "conditioner.", channels)
+        network(at + "conditioner.net.", 2 * channels + mask, 2 * channels, width)
+        norm(at + "norm.", channels)
+
+    for i in range(3):
+        coupling(f"levels.0.steps.fields_{i}.", 1, 1, 2)
+        coupling(f"levels.0.steps.channels_{i}.", 2, 0, 4)
+    for i in range(4):
+        coupling(f"levels.1.steps.fields_{i}.", 2, 1, 4)
+    return found
+
+
+def golden_realnvp(condition: int, residuals: int, rng: np.random.Generator) -> dict[str, Array]:
+    """Weights, images, and what comes out by the batch's moments (`trained/`) and by running ones."""
+    w = realnvp_weights(condition, residuals, rng)
+    x = rng.integers(0, 2**16, (IMAGES, 1, 4, 4)) / 2.0**16 - 0.5
+    given = rng.integers(-1, 2, (IMAGES, condition)).astype(float) if condition else None
+    seen: dict[str, Array] = {}
+    found = {"x": x} | ({} if given is None else {"condition": given})
+    for prefix, noted in (("", None), ("trained/", seen)):
+        latents, found[prefix + "log_prob"] = realnvp.encoded(x, w, 2, given, noted)
+        found |= {f"{prefix}latents.{level}": latent for level, latent in enumerate(latents)}
+    latents = [0.7 * found[f"latents.{level}"] for level in range(2)]
+    found["decoded"] = realnvp.decoded(latents, w, given)
+    return found | {"w": packed(w), "seen": packed(seen)}
+
+
+def packed(arrays: dict[str, Array]) -> Array:
+    """Many small arrays as one: each by itself would cost the file more than its numbers do."""
+    return np.concatenate([array.ravel() for array in arrays.values()])
+
+
+def unpacked(vector: Array, like: dict[str, Array]) -> dict[str, Array]:
+    """What `packed` took, by the names and shapes of `like`."""
+    ends = np.cumsum([array.size for array in like.values()])
+    pieces = np.split(vector, ends[:-1])
+    return {name: piece.reshape(like[name].shape) for name, piece in zip(like, pieces, strict=True)}
+
+
 def golden() -> dict[str, Array]:
     """Everything, by "case/name"."""
     rng = np.random.default_rng(2018)
     found = {f"pieces/{name}": value for name, value in golden_pieces(rng).items()}
     for name, case in CASES.items():
         found |= {f"{name}/{key}": value for key, value in golden_of(case, rng).items()}
+    rng = np.random.default_rng(2017)
+    for name, (condition, residuals) in REALNVP_CASES.items():
+        found |= {f"{name}/{key}": value for key, value in golden_realnvp(condition, residuals, rng).items()}
     return found
 
 

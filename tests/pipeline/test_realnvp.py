@@ -12,7 +12,7 @@ import torch
 from glow import RealNVP, RealNVPConfig
 from glow.norm import batch_norms
 from pipeline.checkpoint import accepting, load_latest
-from pipeline.config import OptimConfig, TrainConfig, decisive, fingerprint, read_config, write_config
+from pipeline.config import MemoryConfig, OptimConfig, TrainConfig, decisive, fingerprint, read_config, write_config
 from pipeline.errors import ConfigError
 from pipeline.export import export_model, read_run
 from pipeline.golden import verify_model
@@ -66,6 +66,31 @@ def test_two_workers_end_in_the_bits_of_one_running_moments_included(tmp_path: P
     assert model.config.family == model.config.model.family == "realnvp"
     assert verify_model(model).passed
     assert model.sample([0, 1]).shape == (2, 3, 16, 16)
+
+
+def final(config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The model in the last checkpoint of a run: parameters and running moments."""
+    manifest = open_manifest(open_storage(config.data.prefix))
+    settings_of, digest = resolved(config, manifest), manifest.digest
+    accepted = accepting(fingerprint(settings_of, digest), decisive(settings_of, digest))
+    loaded = load_latest(open_storage(config.storage).sub(config.name), World(), accepted)
+    assert loaded is not None
+    return {name: tensor for name, tensor in loaded.tensors.items() if name.startswith("model/")}
+
+
+def test_overlapped_inverted_and_in_bfloat16_it_learns_the_same_up_to_rounding(tmp_path: Path) -> None:
+    """Two workers, reductions while backward inverts: running moments are summed beside the gradients."""
+    alone = settings(tmp_path, "alone")
+    figures = run(alone)
+    shared = replace(alone, name="shared", memory=MemoryConfig(anchor_every=(2,)))
+    shared = replace(shared, schedule=replace(alone.schedule, reduction="overlap"))
+    run_group(2, worker, shared)
+    plain, overlapped = final(alone), final(shared)
+    for name in plain:
+        torch.testing.assert_close(overlapped[name], plain[name], rtol=1e-2, atol=1e-3)
+    rough = run(replace(alone, name="rough", memory=MemoryConfig(anchor_every=(2,), nets="bfloat16")))
+    assert abs(rough["val/bits_per_dim"] - figures["val/bits_per_dim"]) < 0.05
+    assert 0 < rough["train/inversion_error"] < 0.1
 
 
 def test_a_file_may_change_the_family(tmp_path: Path) -> None:
