@@ -3,7 +3,7 @@
 Rows: the plain reference (`jobs/plain.py`), the same checkpointed, compiled, in bfloat16, and `glow` by anchor setting.
 `step` takes all rows in turn, round after round in one process, so that a busy machine disturbs them alike; on a CPU it
 counts the process's own CPU time, on a GPU device time between events. `memory` gives every row a fresh process,
-`depth` every row and number of steps. `drift` trains small stacks and says how far inversion drifts; `logdet` times
+`depth` every row and number of steps. `drift` trains small stacks and says how far inversion drifts; `log-det` times
 log-determinants. Needs argparse, torch and glow alone; `--plot` matplotlib.
 """
 
@@ -13,7 +13,6 @@ import argparse
 import json
 import platform
 import re
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -22,72 +21,19 @@ from typing import Any
 
 import torch
 
-from glow import Glow, GlowConfig
+from glow import FlowConfig, GlowConfig, RealNVPConfig
+from jobs.bench_rows import table, variants_of, without_impossible
 from jobs.numerics import FIT_FROM, drift_rows, log_det_rows, slope
-from jobs.workload import Setup, Variant, maps_a_step, measure_memory, measure_steps
-
-COLUMNS = {
-    "channels": "C",
-    "coupling": "",
-    "row": "",
-    "K": "K",
-    "nets": "nets",
-    "n": "n",
-    "ms": "ms/step",
-    "ms_least": "least",
-    "peak_mib": "peak MiB",
-    "ratio": "x plain",
-    "images_per_s": "images/s",
-    "mfu": "MFU",
-    "gradients_mib": "gradients",
-    "saved_mib": "saved MiB",
-    "maps_a_step": "maps/step",
-    "round_trip": "round trip",
-    "gradient": "gradient error",
-    "dense": "dense",
-    "lu": "LU",
-    "per_core": "images/s a core",
-    "x_loop": "x bare loop",
-    "x_wds": "x webdataset",
-    "x_up": "x up",
-    "cpu_ms": "CPU ms",
-    "x_up_cpu": "x up",
-    "resident": "MiB after 3 epochs",
-    "batch_ms": "ms/batch",
-    "x_clean": "x as it is",
-    "worst_ms": "worst",
-    "repeated": "repeated",
-}
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as aligned text."""
-    names = [name for name in COLUMNS if any(row.get(name) is not None for row in rows)]
-    cells = [[COLUMNS[name] for name in names]]
-    cells += [[_cell(name, row.get(name)) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-        for line in cells
-    )
-
-
-def _cell(name: str, value: str | float | None) -> str:
-    if value is None or isinstance(value, str | int):
-        return "" if value is None else str(value)
-    if name in ("round_trip", "gradient"):
-        return f"{value:.0e}"
-    if name in ("maps_a_step", "dense", "lu"):
-        return f"{value:.3f}"
-    return f"{value:.2f}" if name == "ratio" or value < 100 else f"{value:.0f}"
-
+from jobs.workload import Setup, maps_a_step, measure_memory, measure_steps
 
 Flags = tuple[tuple[str, int | str | bool, str], ...]
 
 MODEL: Flags = (
     ("--size", 64, "image side in pixels"),
     ("--levels", 4, "levels (L)"),
-    ("--steps", 6, "steps of flow a level (K)"),
+    ("--family", "glow", "glow or realnvp"),
+    ("--steps", 6, "steps of flow a level (K) of a Glow; a RealNVP's level has 8 members, its last 4"),
+    ("--residuals", 2, "residuals of a RealNVP's networks"),
     ("--width", 64, "hidden channels of the couplings' networks"),
     ("--batch", 8, "images a step"),
     ("--coupling", "additive", "additive or affine coupling layers"),
@@ -97,6 +43,8 @@ MODEL: Flags = (
     ("--threads", 1, "CPU threads"),
     ("--channels-last", False, "pixel-major memory layout, in all rows"),
 )
+REALNVP_MEMBERS = 8
+"""Of a level's chain: six couplings and a change of layout on each side of the last three."""
 ROUNDS: Flags = (("--rounds", 9, "times everything is measured"),)
 PLOT: Flags = (("--plot", "", "draw it into this file (PNG or SVG)"),)
 FACES: Flags = (
@@ -121,7 +69,7 @@ COMMANDS: dict[str, tuple[str, Flags]] = {
         "round-trip and gradient error of trained stacks by depth, precision and anchor",
         (("--depths", "8,16,32,64", "steps (K) in turn"), ("--training", 100, "steps of Adam before")),
     ),
-    "logdet": (
+    "log-det": (
         "time of log-determinants, dense and LU, by channels",
         (("--channels", "12,24,48,96,192,384,768", "channels in turn"), *ROUNDS, *PLOT),
     ),
@@ -157,65 +105,25 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-KINDS = ("plain", "checkpointed", "compiled", "ours")
-
-
-def variants_of(asked: str, anchors: str, steps: int) -> list[Variant]:
-    """The rows for `--rows` and `--anchors`, in the order asked for."""
-    known = [f"{kind}{nets}" for nets in ("", "-bfloat16") for kind in KINDS]
-    names = known if asked == "all" else [word.strip() for word in asked.split(",")]
-    if strange := [name for name in names if name not in known]:
-        raise ValueError(f"--rows knows {', '.join(known)} and all, not {strange[0]!r}")
-    found: list[Variant] = []
-    for name in names:
-        kind, _, nets = name.partition("-")
-        found += _ours(anchors, steps, bool(nets)) if kind == "ours" else [_plain(kind, bool(nets))]
-    return found
-
-
-def _plain(kind: str, bfloat16: bool) -> Variant:
-    name = ("plain" if kind == "plain" else f"plain, {kind}") + (", bfloat16 channels_last" if bfloat16 else "")
-    return Variant(
-        name=name, plain=True, bfloat16=bfloat16, checkpointed=kind == "checkpointed", compiled=kind == "compiled"
-    )
-
-
-def _ours(anchors: str, steps: int, bfloat16: bool) -> list[Variant]:
-    """A row an anchor setting."""
-    words = [word.strip() for word in anchors.split(",")]
-    if any(word != "K" and not word.isdecimal() for word in words):
-        raise ValueError(f"--anchors takes numbers and K, separated by commas: {anchors!r}")
-    settings = dict.fromkeys(steps if word == "K" else int(word) for word in words)
-    nets = ", bfloat16 nets" if bfloat16 else ""
-    return [
-        Variant(
-            name=f"ours, anchor {n}{' (K)' if n == steps else ''}{nets}",
-            plain=False,
-            bfloat16=bfloat16,
-            anchor_every=n,
-        )
-        for n in settings
-    ]
-
-
-def without_impossible(setup: Setup, variants: Sequence[Variant]) -> list[Variant]:
-    """Rows that can be measured here; says which are left out."""
-    compiler = setup.cuda or any(shutil.which(name) for name in ("c++", "g++", "clang++"))
-    if not compiler and any(variant.compiled for variant in variants):
-        print("left out: compiled rows, torch.compile finds no C++ compiler here", file=sys.stderr)
-    return [variant for variant in variants if compiler or not variant.compiled]
+def config_of(options: argparse.Namespace) -> FlowConfig:
+    """The model the flags ask for."""
+    shape: dict[str, Any] = {"channels": 3, "classes": -1, "attributes": -1}
+    shape |= {name: getattr(options, name) for name in ("size", "levels", "width")}
+    if options.family == "realnvp":
+        return RealNVPConfig(**shape, residuals=options.residuals)
+    return GlowConfig(**shape, steps=options.steps, coupling=options.coupling)
 
 
 def setup_of(options: argparse.Namespace) -> Setup:
     """What the flags say; ValueError where it cannot be measured."""
-    if options.coupling not in ("additive", "affine"):
-        raise ValueError(f"--coupling is additive or affine, not {options.coupling}")
     if min(options.batch, options.threads, getattr(options, "rounds", 1)) < 1:
         raise ValueError("--batch, --threads and --rounds are 1 or more")
-    names = ("size", "levels", "steps", "width", "coupling")
-    config = GlowConfig(channels=3, classes=-1, attributes=-1, **{name: getattr(options, name) for name in names})
-    with torch.device("meta"):
-        Glow(GlowConfig(**{**asdict(config), "mixing": "reverse"}))  # LU needs numbers; the refusals are the same
+    if options.family not in ("glow", "realnvp") or options.coupling not in ("additive", "affine"):
+        raise ValueError(
+            f"--family is glow or realnvp, --coupling additive or affine: {options.family}, {options.coupling}"
+        )
+    config = config_of(options)
+    config.refuse_impossible()
     names = ("batch", "device", "threads", "channels_last")
     setup = Setup(config=config, **{name: getattr(options, name) for name in names})
     if not options.dry_run and setup.cuda and not torch.cuda.is_available():
@@ -235,7 +143,11 @@ def describe(setup: Setup) -> dict[str, Any]:
 def headline(setup: Setup) -> str:
     """The same in one line."""
     config = setup.config
-    model = f"{config.size} px, L{config.levels} K{config.steps} width {config.width} {config.coupling}"
+    if isinstance(config, GlowConfig):
+        kind = f"L{config.levels} K{config.steps} width {config.width} {config.coupling}"
+    else:
+        kind = f"realnvp L{config.levels} width {config.width}"
+    model = f"{config.size} px, {kind}"
     machine = setup.device if setup.cuda else f"{setup.device}, {setup.threads} thread(s)"
     layout = ", channels_last" if setup.channels_last else ""
     return f"{model}, batch {setup.batch}, float32{layout}, {machine}, torch {torch.__version__}"
@@ -245,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0, or 2 where the flags make no sense."""
     root = parser()
     options = root.parse_args(argv)
-    others = {"drift": _drift, "logdet": _log_det, "data": _data, "faults": _data, "tracking": _tracking}
+    others = {"drift": _drift, "log-det": _log_det, "data": _data, "faults": _data, "tracking": _tracking}
     measure = others.get(options.command, _steps)
     try:
         about, work = measure(options)
@@ -267,7 +179,7 @@ def _steps(options: argparse.Namespace) -> Measurement:
     """step, memory and depth."""
     if options.command == "depth":
         return _depth(options)
-    setup, variants = setup_of(options), variants_of(options.rows, options.anchors, options.steps)
+    setup, variants = setup_of(options), variants_of(options.rows, options.anchors, depth_of(options))
     about = describe(setup) | {"headline": headline(setup)}
     if options.dry_run:
         return about | {"headline": "\n  ".join([about["headline"] + ":", *(v.name for v in variants)])}, list
@@ -277,7 +189,14 @@ def _steps(options: argparse.Namespace) -> Measurement:
     return about, lambda: measure_memory(setup, kept)
 
 
+def depth_of(options: argparse.Namespace) -> int:
+    """K: the members of a level's chain that pure inversion walks."""
+    return options.steps if options.family == "glow" else REALNVP_MEMBERS
+
+
 def _depth(options: argparse.Namespace) -> Measurement:
+    if options.family != "glow":
+        raise ValueError("depth counts a Glow's steps; a RealNVP has as many couplings as it has")
     depths = numbers(options.depths, "--depths")
     setups = {depth: setup_of(argparse.Namespace(**{**vars(options), "steps": depth})) for depth in depths}
     first = setups[depths[0]]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glow import Glow, GlowConfig
+from glow import FlowConfig, GlowConfig, RealNVPConfig, make_flow
 from glow.budget import level_costs
 from jobs.plain import PlainGlow
+from jobs.plain_realnvp import PlainRealNVP
 
 MIB = 2**20
 M_MMAP_THRESHOLD = -3
@@ -28,11 +29,16 @@ M_MMAP_THRESHOLD = -3
 class Setup:
     """The model, the batch and the machine a measurement is of."""
 
-    config: GlowConfig
+    config: FlowConfig
     batch: int
     device: str
     threads: int
     channels_last: bool
+
+    @property
+    def steps(self) -> int | None:
+        """Steps a level of a Glow; None for a RealNVP."""
+        return self.config.steps if isinstance(self.config, GlowConfig) else None
 
     @property
     def cuda(self) -> bool:
@@ -63,18 +69,19 @@ class Workload:
         x = torch.rand(setup.batch, config.channels, config.size, config.size) - 0.5
         self.x = x.to(setup.device, memory_format=layout)
         self._modules: list[nn.Module] = []
-        self.glow = Glow(config).to(setup.device, memory_format=layout)  # type: ignore[call-overload]
-        self.glow.initialize([self.x])
+        self.flow = make_flow(config).to(setup.device, memory_format=layout)  # type: ignore[call-overload]
+        self.flow.initialize([self.x])
         self.device = setup.device
         layouts = {variant.name: torch.channels_last if variant.bfloat16 else layout for variant in variants}
         self._plain = {v.name: self._plain_model(config, v, layouts[v.name]) for v in variants if v.plain}
 
-    def _plain_model(self, config: GlowConfig, variant: Variant, layout: torch.memory_format) -> Callable[..., Any]:
+    def _plain_model(self, config: FlowConfig, variant: Variant, layout: torch.memory_format) -> Callable[..., Any]:
         """The plain reference with the same weights, as the variant runs it."""
-        plain = PlainGlow(config)
-        plain.load_from(self.glow.state_dict())
+        plain = PlainRealNVP(config) if isinstance(config, RealNVPConfig) else PlainGlow(config)
+        plain.load_from(self.flow.state_dict())
         plain.to(self.device, memory_format=layout)  # type: ignore[call-overload]
-        plain.checkpointed = variant.checkpointed
+        if isinstance(plain, PlainGlow):
+            plain.checkpointed = variant.checkpointed
         self._modules.append(plain)
         return torch.compile(plain) if variant.compiled else plain
 
@@ -85,8 +92,8 @@ class Workload:
         with torch.autocast(kind, torch.bfloat16, enabled=variant.bfloat16):
             if variant.plain:
                 return -self._plain[variant.name](self.x)[1].mean()
-            self.glow.set_anchors([variant.anchor_every])
-            return -self.glow.log_prob(self.x).mean()
+            self.flow.set_anchors([variant.anchor_every])
+            return -self.flow.log_prob(self.x).mean()
 
     def step(self, variant: Variant) -> None:
         """Forward and backward."""
@@ -97,7 +104,7 @@ class Workload:
             model.zero_grad(set_to_none=True)
 
     def models(self) -> list[nn.Module]:
-        return [self.glow, *self._modules]
+        return [self.flow, *self._modules]
 
     def saved_bytes(self, variant: Variant) -> int:
         """Bytes of storages that autograd saves for backward, parameters and buffers aside."""
@@ -132,10 +139,17 @@ def measure_steps(setup: Setup, variants: Sequence[Variant], rounds: int) -> lis
             "ratio": statistics.median(t / b for t, b in zip(times[variant.name][1:], baseline, strict=True)),
             "images_per_s": setup.batch / statistics.median(times[variant.name][1:]),
             "mfu": _utilisation(setup, variant, statistics.median(times[variant.name][1:])),
+            "peak_mib": _peak_of_row(workload, variant) / MIB if setup.cuda else None,
             "saved_mib": workload.saved_bytes(variant) / MIB,
         }
         for variant in variants
     ]
+
+
+def _peak_of_row(workload: Workload, variant: Variant) -> int:
+    """Bytes a step of a variant takes on the GPU above all models and the batch, its gradients among them."""
+    workload.drop_gradients()
+    return _peak_on_gpu(lambda: workload.step(variant))
 
 
 PEAKS = {
@@ -158,15 +172,17 @@ def peak_tflops(device_name: str, bfloat16: bool) -> float | None:
     return PEAKS[max(names, key=len)][int(bfloat16)] if names else None
 
 
-def step_flops(setup: Setup) -> int:
+def step_flops(config: GlowConfig, batch: int) -> int:
     """Of a training step that stores its activations; what is computed again for memory's sake does not count."""
-    return 6 * sum(cost.macs for cost in level_costs(setup.config, setup.batch))
+    return 6 * sum(cost.macs for cost in level_costs(config, batch))
 
 
 def _utilisation(setup: Setup, variant: Variant, seconds: float) -> float | None:
-    """Model FLOPs over what the GPU could have done in the time."""
+    """Model FLOPs over what the GPU could have done in the time; None where either is not known."""
     peak = peak_tflops(torch.cuda.get_device_name(setup.device), variant.bfloat16) if setup.cuda else None
-    return None if peak is None else step_flops(setup) / seconds / (1e12 * peak)
+    if peak is None or not isinstance(setup.config, GlowConfig):
+        return None
+    return step_flops(setup.config, setup.batch) / seconds / (1e12 * peak)
 
 
 def _seconds_on_cpu(step: Callable[[], None]) -> float:

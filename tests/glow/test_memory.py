@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from glow import ActNorm, Bijection, Chain, DenseMixing, Glow, GlowConfig
 from glow.conditioner import ConvConditioner
+from tests.glow.deep import three_steps
 from tests.glow.table import ROWS, Row, perturbed
 from tests.glow.test_gradients import distance, gradients, objective, stack, worst
 
@@ -144,6 +147,27 @@ def test_gradients_leave_while_backward_proceeds() -> None:
     each = len(list(next(iter(chain)).parameters()))
     assert happened == [index for index in reversed(range(6)) for _ in range(each)]
     assert evaluated == [(index, (5 - index) * each) for index in reversed(range(6))]
+
+
+def test_the_last_levels_gradients_leave_first() -> None:
+    """Levels near the top hold most of the bytes: they are on their way before the first level is evaluated again."""
+    glow = Glow(GlowConfig(size=16, channels=3, levels=3, steps=2, width=8, classes=-1, attributes=-1))
+    glow.set_anchors([2])
+    happened: list[int] = []
+    for index, level in enumerate(glow):
+        for parameter in level.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, index=index: happened.append(index))
+    evaluated: list[tuple[int, int]] = []
+    loss = glow.log_prob(torch.rand(2, 3, 16, 16) - 0.5).mean()
+    counts = [len(list(level.parameters())) for level in glow]
+    for index, level in enumerate(glow):
+        for step in level.steps:
+            step.coupling.conditioner.register_forward_hook(
+                lambda *_, index=index: evaluated.append((index, len([i for i in happened if i > index])))
+            )
+    loss.backward()
+    assert happened == [index for index in (2, 1, 0) for _ in range(counts[index])]
+    assert evaluated == [(index, sum(counts[index + 1 :])) for index in (2, 1, 0) for _ in range(2)]
 
 
 @pytest.mark.parametrize("wanted", [0, 3, 7])
@@ -380,3 +404,11 @@ def test_backward_inside_another_autocast_computes_as_forward_did() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = torch.autograd.grad(loss, list(chain.parameters()))
     assert distance(found, wanted[1:]) < 1e-4
+
+
+@pytest.mark.nightly
+def test_an_image_of_1024_pixels_trains_within_24_gib() -> None:
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        losses, peak = fresh.submit(three_steps).result()
+    assert losses[2] < losses[1] < losses[0]
+    assert peak < 24

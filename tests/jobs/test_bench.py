@@ -32,6 +32,16 @@ def test_step_has_a_row_a_variant(capsys: pytest.CaptureFixture[str], coupling: 
     assert saved[0] > 5 * saved[-1] > 0
 
 
+def test_a_realnvp_is_measured_beside_its_plain_form(capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--family", "realnvp", "--size", "16", "--levels", "2", "--width", "8", "--residuals", "1", "--batch", "2"]
+    assert bench.main(["step", *shape, "--rounds", "1", "--anchors", "0,K", "--json"]) == 0
+    printed = capsys.readouterr()
+    rows = {row["row"]: row for row in json.loads(printed.out)["rows"]}
+    assert list(rows) == ["plain", "ours, anchor 0", "ours, anchor 8 (K)"]
+    assert rows["ours, anchor 8 (K)"]["saved_mib"] < 0.2 * rows["plain"]["saved_mib"]
+    assert "left out: checkpointed rows" in printed.err
+
+
 def test_memory_takes_a_fresh_process_a_row(capsys: pytest.CaptureFixture[str]) -> None:
     rows = run_json(capsys, "memory", "--size", "32", *SMALL[2:4], "--steps", "8", "--width", "64", "--anchors", "K")
     assert list(rows) == ["plain", "plain, checkpointed", "ours, anchor 8 (K)"]
@@ -80,9 +90,9 @@ def test_drift_has_a_row_a_stack_precision_and_anchor(capsys: pytest.CaptureFixt
 
 
 def test_log_determinants_are_timed_fitted_and_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    picture = tmp_path / "logdet.png"
+    picture = tmp_path / "log-det.png"
     arguments = ["--channels", "96,384", "--rounds", "1", "--plot", str(picture)]
-    assert bench.main(["logdet", *arguments]) == 0
+    assert bench.main(["log-det", *arguments]) == 0
     assert "exponent from 96" in capsys.readouterr().out
     assert picture.read_bytes()[:4] == b"\x89PNG"
 
@@ -119,6 +129,7 @@ def test_a_dry_run_measures_nothing(capsys: pytest.CaptureFixture[str], command:
         (["--batch", "0"], "1 or more"),
         (["--rounds", "0"], "1 or more"),
         (["--coupling", "cubic"], "additive or affine"),
+        (["--family", "nice"], "glow or realnvp"),
         (["--rows", "plain,ours-int8"], "not 'ours-int8'"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glow import Glow, GlowConfig
+from glow import Glow, GlowConfig, RealNVPConfig
 from glow.budget import level_costs, plans
 from jobs.data import prepare
 from pipeline.anchors import Anchors, free_bytes, planned
@@ -104,6 +104,13 @@ def test_a_plan_is_what_fits_and_stays_over_a_resume() -> None:
 def test_a_plan_that_cannot_be_is_refused_with_its_cure() -> None:
     with pytest.raises(ConfigError, match=r"pure inversion works on .* a smaller schedule.leaf"):
         planned(CONFIG, 1000)
+
+
+def test_a_plan_for_a_realnvp_is_refused_with_its_cure() -> None:
+    realnvp = replace(CONFIG, model=RealNVPConfig(size=16, channels=3), memory=MemoryConfig(anchor_every="plan"))
+    with pytest.raises(ConfigError, match=r'memory.anchor_every is "plan".*numbers: only a Glow') as caught:
+        planned(realnvp, 2**30)
+    assert "\n" not in str(caught.value)
 
 
 def test_this_machine_has_some_memory_free() -> None:

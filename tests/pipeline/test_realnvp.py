@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -16,11 +17,14 @@ from pipeline.config import MemoryConfig, OptimConfig, TrainConfig, decisive, fi
 from pipeline.errors import ConfigError
 from pipeline.export import export_model, read_run
 from pipeline.golden import verify_model
+from pipeline.gradients import Gradients
 from pipeline.manifest import open_manifest
 from pipeline.model import read_model
 from pipeline.storage import open_storage
 from pipeline.train import resolved, run
 from pipeline.world import World
+from tests.glow.pictures import toy_pictures
+from tests.glow.table import perturbed
 from tests.pipeline.group import run_group
 from tests.pipeline.trained import trained
 
@@ -68,29 +72,54 @@ def test_two_workers_end_in_the_bits_of_one_running_moments_included(tmp_path: P
     assert model.sample([0, 1]).shape == (2, 3, 16, 16)
 
 
-def final(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """The model in the last checkpoint of a run: parameters and running moments."""
-    manifest = open_manifest(open_storage(config.data.prefix))
-    settings_of, digest = resolved(config, manifest), manifest.digest
-    accepted = accepting(fingerprint(settings_of, digest), decisive(settings_of, digest))
-    loaded = load_latest(open_storage(config.storage).sub(config.name), World(), accepted)
-    assert loaded is not None
-    return {name: tensor for name, tensor in loaded.tensors.items() if name.startswith("model/")}
+LEAVES = 4
 
 
-def test_overlapped_inverted_and_in_bfloat16_it_learns_the_same_up_to_rounding(tmp_path: Path) -> None:
-    """Two workers, reductions while backward inverts: running moments are summed beside the gradients."""
-    alone = settings(tmp_path, "alone")
-    figures = run(alone)
-    shared = replace(alone, name="shared", memory=MemoryConfig(anchor_every=(2,)))
-    shared = replace(shared, schedule=replace(alone.schedule, reduction="overlap"))
-    run_group(2, worker, shared)
-    plain, overlapped = final(alone), final(shared)
-    for name in plain:
-        torch.testing.assert_close(overlapped[name], plain[name], rtol=1e-2, atol=1e-3)
-    rough = run(replace(alone, name="rough", memory=MemoryConfig(anchor_every=(2,), nets="bfloat16")))
-    assert abs(rough["val/bits_per_dim"] - figures["val/bits_per_dim"]) < 0.05
-    assert 0 < rough["train/inversion_error"] < 0.1
+def leaf_loss(flow: RealNVP, leaf: int) -> torch.Tensor:
+    return -flow.log_prob(toy_pictures(3, 8, seed=leaf).double()).sum()
+
+
+def small(anchors: int) -> RealNVP:
+    torch.manual_seed(0)
+    flow = perturbed(RealNVP(RealNVPConfig(size=8, channels=3, levels=2, width=4, residuals=1))).double()
+    flow.set_anchors([anchors])
+    return flow
+
+
+def reduced(world: World, reduction: Literal["tree", "overlap"]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(gradient of all leaves, mean of their moments) by pure inversion."""
+    flow = small(anchors=9)
+    moments = flow.moments().numel()
+    gradients = Gradients(list(flow.parameters()), world, LEAVES, reduction, moments)
+
+    def loss(leaf: int) -> torch.Tensor:
+        found = leaf_loss(flow, leaf)
+        gradients.note(flow.moments())
+        return found
+
+    return gradients.of(loss).clone(), gradients.moments().clone()
+
+
+@pytest.mark.parametrize("reduction", ["tree", "overlap"])
+def test_gradients_and_moments_are_reduced_while_backward_inverts(reduction: str) -> None:
+    flow = small(anchors=0)
+    gradients: list[torch.Tensor] = []
+    moments: list[torch.Tensor] = []
+    for leaf in range(LEAVES):
+        found = torch.autograd.grad(leaf_loss(flow, leaf), list(flow.parameters()))
+        gradients.append(torch.cat([gradient.flatten() for gradient in found]))
+        moments.append(flow.moments())
+    for found, mean in run_group(2, reduced, reduction):
+        wanted = torch.stack(gradients).sum(0)
+        assert (found - wanted).norm() < 1e-8 * wanted.norm()
+        assert torch.allclose(mean, torch.stack(moments).mean(0), rtol=1e-12, atol=1e-12)
+
+
+def test_a_run_inverts_with_networks_in_bfloat16(tmp_path: Path) -> None:
+    memory = MemoryConfig(anchor_every=(2,), nets="bfloat16")
+    figures = run(replace(settings(tmp_path, "rough"), memory=memory))
+    assert figures["val/bits_per_dim"] < 8
+    assert 0 < figures["train/inversion_error"] < 0.1
 
 
 def test_a_file_may_change_the_family(tmp_path: Path) -> None:
