@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from glow.bijection import Bijection, Chain, Gather, Recomputed
 from glow.config import FlowConfig, GlowConfig, RealNVPConfig
-from glow.flow import Flow, Glow, Level
+from glow.flow import Flow, Glow
+from glow.level import Level
 from glow.norm import BatchNorm, absorb_moments, batch_norms, leaf_moments
 from glow.prior import GaussianPrior, SplitPrior, StandardPrior, TopPrior
 from glow.residual import ChannelConditioner, FieldConditioner

@@ -32,7 +32,7 @@ from glow import (
     TopPrior,
     make_flow,
 )
-from glow.flow import Step
+from glow.level import Step
 from glow.mixing import MixingKind, make_mixing
 from glow.prior import GaussianPrior, standard_normal_log_prob
 from glow.residual import ChannelConditioner, FieldConditioner

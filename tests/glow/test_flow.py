@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glow import Chain, Glow, GlowConfig, bits_per_dim
-from glow.flow import Step
+from glow.level import Step
 from glow.prior import standard_normal_log_prob
 from tests.glow.pictures import toy_pictures
 from tests.glow.table import perturbed, step_config

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glow import Bijection, Chain, Glow, GlowConfig
-from glow.flow import Step
+from glow.level import Step
 from tests.glow.pictures import toy_pictures
 from tests.glow.table import MIXINGS, ROWS, Row, perturbed, step_config
 
