@@ -44,7 +44,7 @@ def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def subcommands(group: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    found = re.search(r"(?:\[-h\] )\{?([a-z]+(?:[,|][a-z]+)*)\}?(?: \.\.\.)?\n", help_of([group], capsys))
+    found = re.search(r"(?:\[-h\] )\{?([a-z-]+(?:[,|][a-z-]+)*)\}?(?: \.\.\.)?\n", help_of([group], capsys))
     return re.split("[,|]", found[1]) if found else []
 
 
