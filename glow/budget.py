@@ -7,6 +7,7 @@ multiply-adds as the budget forces it to, and keeps as many anchors as then stil
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -63,10 +64,17 @@ def level_costs(config: GlowConfig, batch: int, nets: torch.dtype = torch.float3
             step=batch * step,
             state=batch * 4 * channels * pixels,
             working=batch * WORKING_MAPS * hidden * config.width * pixels,
-            macs=batch * config.steps * pixels * _macs_a_pixel(config, channels),
+            macs=macs,
         )
-        for (beside, step), (channels, pixels) in zip(stored_bytes(config, nets), _shapes(config), strict=True)
+        for (beside, step), (channels, pixels), macs in zip(
+            stored_bytes(config, nets), _shapes(config), level_macs(config, batch), strict=True
+        )
     ]
+
+
+def level_macs(config: GlowConfig, images: int) -> list[int]:
+    """Multiply-adds of every level's conditioners on so many images, forward."""
+    return [images * config.steps * pixels * _macs_a_pixel(config, channels) for channels, pixels in _shapes(config)]
 
 
 def plan_of(costs: Sequence[LevelCost], anchor_every: Sequence[int]) -> Plan:
@@ -120,6 +128,7 @@ def _macs_a_pixel(config: GlowConfig, channels: int) -> int:
     return 9 * (channels // 2 + 1) * config.width + config.width**2 + 9 * config.width * out
 
 
+@functools.cache
 def stored_bytes(config: GlowConfig, nets: torch.dtype = torch.float32) -> list[tuple[int, int]]:
     """(beside the steps, of a step): bytes plain autograd keeps for one image, by level.
 

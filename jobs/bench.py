@@ -4,7 +4,8 @@ Rows: the plain reference (`jobs/plain.py`), the same checkpointed, compiled, in
 `step` takes all rows in turn, round after round in one process, so that a busy machine disturbs them alike; on a CPU it
 counts the process's own CPU time, on a GPU device time between events. `memory` gives every row a fresh process,
 `depth` every row and number of steps. `drift` trains small stacks and says how far inversion drifts; `log-det` times
-log-determinants. Needs argparse, torch and glow alone; `--plot` matplotlib.
+log-determinants. All of these need argparse, torch and glow alone; `--plot` matplotlib. `reduction` times the two sums
+of gradients on real workers, `kills` compares a run whose workers are killed with one left alone.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ REALNVP_MEMBERS = 8
 """Of a level's chain: six couplings and a change of layout on each side of the last three."""
 ROUNDS: Flags = (("--rounds", 9, "times everything is measured"),)
 PLOT: Flags = (("--plot", "", "draw it into this file (PNG or SVG)"),)
+SHAPE: Flags = tuple(flag for flag in MODEL if flag[0] in ("--size", "--levels", "--steps", "--width", "--coupling"))
 FACES: Flags = (
     ("--size", 64, "image side in pixels"),
     ("--images", 2000, "toy faces, nine tenths of which are read"),
@@ -68,6 +70,15 @@ COMMANDS: dict[str, tuple[str, Flags]] = {
     "drift": (
         "round-trip and gradient error of trained stacks by depth, precision and anchor",
         (("--depths", "8,16,32,64", "steps (K) in turn"), ("--training", 100, "steps of Adam before")),
+    ),
+    "reduction": (
+        "time of a step of learning on gloo workers, tree beside overlap",
+        (*SHAPE, ("--batch", 32, "images a step"), ("--leaf", 8, "images a leaf"), ("--workers", 2, "processes"),
+         *ROUNDS),
+    ),
+    "kills": (
+        "a run whose Ray workers are killed beside one left alone: losses, bits, seconds",
+        (("--images", 2400, "images a run"), ("--kills", 5, "workers killed"), ("--workers", 2, "Ray workers"), *PLOT),
     ),
     "log-det": (
         "time of log-determinants, dense and LU, by channels",
@@ -157,8 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; 0, or 2 where the flags make no sense."""
     root = parser()
     options = root.parse_args(argv)
-    others = {"drift": _drift, "log-det": _log_det, "data": _data, "faults": _data, "tracking": _tracking}
-    measure = others.get(options.command, _steps)
+    measure = MEASURES.get(options.command, _steps)
     try:
         about, work = measure(options)
     except ValueError as error:
@@ -237,6 +247,32 @@ def _drift(options: argparse.Namespace) -> Measurement:
     return {"headline": f"{stacks}, CPU, torch {torch.__version__}"}, lambda: list(drift_rows(depths, options.training))
 
 
+def _reduction(options: argparse.Namespace) -> Measurement:
+    if options.batch % options.leaf or options.workers > options.batch // options.leaf:
+        raise ValueError("--leaf divides --batch, and there are at most so many --workers as leaves")
+    names = ("size", "levels", "steps", "width", "coupling")
+    config = GlowConfig(channels=3, classes=-1, attributes=-1, **{name: getattr(options, name) for name in names})
+
+    def work() -> list[dict[str, Any]]:
+        from jobs.reductions import Batching, measure_reductions
+
+        shares = {name: getattr(options, name) for name in ("batch", "leaf", "workers", "rounds")}
+        return measure_reductions(config, Batching(**shares))
+
+    model = f"{config.size} px, L{config.levels} K{config.steps} width {config.width} {config.coupling}"
+    share = f"batch {options.batch} in leaves of {options.leaf} on {options.workers} workers"
+    return {"headline": f"{model}, {share}, CPU, 1 thread each, torch {torch.__version__}"}, work
+
+
+def _kills(options: argparse.Namespace) -> Measurement:
+    def work() -> list[dict[str, Any]]:
+        from jobs.kills import measure_kills
+
+        return measure_kills(options.images, options.kills, options.workers, options.plot)
+
+    return {"headline": f"{options.images} images on {options.workers} Ray workers, {options.kills} killed"}, work
+
+
 def _log_det(options: argparse.Namespace) -> Measurement:
     channels = numbers(options.channels, "--channels")
 
@@ -259,6 +295,18 @@ def numbers(words: str, flag: str) -> list[int]:
     if min(found) < 2:
         raise ValueError(f"{flag} takes numbers of 2 or more, separated by commas: {words!r}")
     return found
+
+
+MEASURES = {
+    "drift": _drift,
+    "log-det": _log_det,
+    "data": _data,
+    "faults": _data,
+    "tracking": _tracking,
+    "reduction": _reduction,
+    "kills": _kills,
+}
+"""Of the commands that are not `_steps`."""
 
 
 if __name__ == "__main__":

@@ -40,6 +40,13 @@ COLUMNS = {
     "x_clean": "x as it is",
     "worst_ms": "worst",
     "repeated": "repeated",
+    "step_cpu_ms": "CPU ms/step",
+    "cpu_ratio": "x overlap",
+    "wall_ms": "ms/step",
+    "wall_ratio": "x overlap",
+    "at": "at images",
+    "first": "then from",
+    "seconds": "s to it",
 }
 
 
@@ -60,7 +67,7 @@ def _cell(name: str, value: str | float | None) -> str:
         return "" if value is None else str(value)
     if name in ("round_trip", "gradient"):
         return f"{value:.0e}"
-    if name in ("maps_a_step", "dense", "lu"):
+    if name in ("maps_a_step", "dense", "lu", "cpu_ratio", "wall_ratio"):
         return f"{value:.3f}"
     return f"{value:.2f}" if name == "ratio" or value < 100 else f"{value:.0f}"
 

@@ -5,7 +5,7 @@
   python -m jobs models rollback faces
   python -m jobs models history faces
   python -m jobs models compare faces champion 3
-  python -m jobs models verify models:/faces@champion
+  python -m jobs models verify models:/faces@champion [--retrain]
 
 Registering the same artifact twice gives the same version. Promotions are written to a ledger; of racing ones one wins.
 """
@@ -201,12 +201,14 @@ def compare(name: Name, one: Which, other: Which, /, uri: str = "", data: str = 
     return 0
 
 
-def verify(target: Target, /, uri: str = "") -> int:
+def verify(target: Target, /, uri: str = "", retrain: bool = False, data: str = "") -> int:
     """Check a model: its digests, golden pixels decoded here, and for a registered one its artifact and ledger.
 
     Args:
         target: A model's folder or s3:// prefix, models:/NAME@alias or models:/NAME/3.
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
+        retrain: Train it again from its lineage alone, in this process, and compare the artifacts to the bit.
+        data: With --retrain, where the dataset lies now; empty takes the place that is recorded.
     """
     from pipeline.errors import DataError
     from pipeline.golden import verify_model
@@ -220,7 +222,17 @@ def verify(target: Target, /, uri: str = "") -> int:
         raise DataError(str(check), where=target, cure="use the torch build in its lineage.json; or restore the model")
     if target.startswith("models:/"):
         print(_verified_ledger(target, uri))
+    if retrain:
+        print(f"trained again: artifact {_retrained(loaded, data)}, bit-equal")
     return 0
+
+
+def _retrained(loaded: LoadedModel, data: str) -> str:
+    from jobs.train import following
+    from pipeline.retrain import retrained
+
+    with following(loaded.lineage.get("images", 0)) as report:
+        return retrained(loaded, data, report)
 
 
 def _verified_ledger(target: str, uri: str) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 
 import torch
 
 from glow import Flow, Glow, GlowConfig, RealNVPConfig, make_flow
 from glow.budget import Plan, level_costs, plan_of, plans
+from glow.flops import step_flops
 from pipeline.anchors import budget, nets_dtype, planned
 from pipeline.config import TrainConfig, fingerprint
 from pipeline.manifest import Manifest, open_manifest
@@ -23,16 +26,25 @@ def plan(config: TrainConfig) -> str:
     """The plan of a run, some twenty lines; reads the manifest, measures small steps of the model, writes nothing."""
     manifest = open_manifest(open_storage(config.data.prefix))
     config = resolved(config, manifest)
-    parameters = _count(config.model)
+    parameters = parameters_of(config.model)
     every = _number(config.schedule.checkpoint_every)
+    copied = amount(checkpoint_bytes(config) // max(1, config.cluster.workers))
     lines = [
         *_about_run(config, manifest),
         *_about_data(config, manifest),
         *_about_model(config, parameters),
         *_about_memory(config, parameters),
-        f"checkpoint   {_bytes(parameters * 4 * COPIES)} each, every {every} images, {config.schedule.keep} kept",
+        f"checkpoint   {amount(checkpoint_bytes(config))} each, every {every} images, {config.schedule.keep} kept; "
+        f"{copied} of a worker's memory while one is written",
+        *_about_speed(config),
+        *_about_room(config, manifest),
     ]
     return "\n".join(lines)
+
+
+def checkpoint_bytes(config: TrainConfig) -> int:
+    """Of one checkpoint's tensors; as much is copied in memory, shared over the workers, while it is written."""
+    return 4 * COPIES * parameters_of(config.model)
 
 
 def _about_run(config: TrainConfig, manifest: Manifest) -> list[str]:
@@ -100,12 +112,56 @@ def _about_memory(config: TrainConfig, parameters: int) -> list[str]:
     known = [plan for plan in plans(costs) if plan.anchor_every != chosen.anchor_every]
     shown = sorted([chosen, *_spread(known)], key=lambda plan: (plan.cost, -plan.bytes))
     rows = [
-        f"             {'*' if plan is chosen else ' '} {_bytes(plan.bytes):>9} {plan.cost:>9.2f}x   "
+        f"             {'*' if plan is chosen else ' '} {amount(plan.bytes):>9} {plan.cost:>9.2f}x   "
         + " ".join(map(str, plan.anchor_every))
         for plan in shown
     ]
-    head = f"memory       of a leaf's backward ({_bytes(free)} free for it), cost beside plain, anchor_every by level"
+    head = f"memory       of a leaf's backward ({amount(free)} free for it), cost beside plain, anchor_every by level"
     return [head, *rows]
+
+
+def _about_speed(config: TrainConfig) -> list[str]:
+    """A guess at images a second, from a step of a shallow copy of the model on this device; or why there is none."""
+    model, cluster = config.model, config.cluster
+    if not isinstance(model, GlowConfig):
+        return ["speed        no guess: a RealNVP's multiply-adds are not counted"]
+    if cluster.gpu and not torch.cuda.is_available():
+        return ["speed        no guess: no GPU here to try"]
+    if cluster.address:
+        return ["speed        no guess: the cluster's machines are not this one"]
+    device = torch.device("cuda" if cluster.gpu else "cpu")
+    flops = _flops_a_second(replace(model, steps=1), config.schedule.leaf, device, cluster.threads)
+    anchors = config.memory.anchor_every
+    cost = 1.0 if anchors == "plan" else plan_of(level_costs(model, 1, nets_dtype(config)), anchors).cost
+    at_once = min(max(1, cluster.workers), max(1, (os.cpu_count() or 1) // cluster.threads))
+    workers = max(1, cluster.workers) if cluster.gpu else at_once
+    guess = workers * flops / (cost * step_flops(model, 1))
+    minutes = config.schedule.images / guess / 60
+    long = f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+    return [f"speed        {guess:.3g} images/s, {long} in all, guessed from a leaf of one step a level here"]
+
+
+def _flops_a_second(model: GlowConfig, leaf: int, device: torch.device, threads: int) -> float:
+    """What a backward of a leaf achieves here: the better of two, after one that does not count."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    flow = Glow(replace(model, classes=0, attributes=0)).to(device)
+    x = torch.rand(leaf, model.channels, model.size, model.size, device=device) - 0.5
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        flow.log_prob(x).mean().backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return step_flops(model, leaf) / min(seconds[1:])
+
+
+def _about_room(config: TrainConfig, manifest: Manifest) -> list[str]:
+    from jobs.preflight import rooms
+
+    return [f"{'room' if not index else '':12} {room}" for index, room in enumerate(rooms(config, manifest))]
 
 
 def _spread(known: list[Plan], count: int = 6) -> list[Plan]:
@@ -118,7 +174,7 @@ def _small(config: GlowConfig, size: int, steps: int) -> Glow:
     return Glow(replace(config, size=size, steps=steps))
 
 
-def _count(model: GlowConfig | RealNVPConfig) -> int:
+def parameters_of(model: GlowConfig | RealNVPConfig) -> int:
     """Parameters of a model; a Glow's steps are all alike, so two small ones tell."""
     if isinstance(model, RealNVPConfig):
         return _parameters(make_flow(replace(model, size=2**model.levels)))
@@ -138,7 +194,7 @@ def _number(value: int) -> str:
     return f"{value:,}".replace(",", " ")
 
 
-def _bytes(count: int) -> str:
+def amount(count: int) -> str:
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"

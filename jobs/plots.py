@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE = (6.4, 4.0)
+Row = Mapping[str, Any]
 
 
 def memory_plot(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
@@ -33,6 +34,22 @@ def log_det_plot(path: Path, rows: Sequence[dict[str, Any]], slopes: Mapping[str
     axes.set_yscale("log")
     axes.set_xticks([row["channels"] for row in rows], labels=[str(row["channels"]) for row in rows])
     axes.set_xticks([], minor=True)
+    _save(axes, path)
+
+
+def kills_plot(path: Path, calm: Sequence[Row], struck: Sequence[Row], kills: Sequence[float]) -> None:
+    """The loss of a run over one with kills; what was learned again after a kill is drawn again."""
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=SIZE, layout="constrained").add_subplot()
+    for rows, style in ((calm, {"lw": 7, "color": "0.75", "label": "left alone"}),
+                        (struck, {"lw": 1.2, "color": "C3", "label": f"{len(kills)} workers killed"})):  # fmt: skip
+        axes.plot([row["images"] for row in rows], [row["train/bits_per_dim"] for row in rows], **style)
+    for number, at in enumerate(kills):
+        axes.axvline(at, color="C0", lw=1, ls=":", label="SIGKILL" if number == 0 else None)
+    axes.set(xlabel="images", ylabel="bits/dim of training", title="the same losses, whatever is killed")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
     _save(axes, path)
 
 

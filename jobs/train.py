@@ -1,11 +1,13 @@
 """Train a preset: in this process, under torchrun, or on Ray workers. The same command again goes on where it stopped.
 
-  python -m jobs train PRESET [--config FILE.toml] [--SETTING VALUE ...] [--elastic MIN:MAX] [--dry-run] [--offline]
+  python -m jobs train PRESET [--config FILE.toml] [--SETTING VALUE ...] [--elastic MIN:MAX]
+                              [--dry-run] [--offline] [--profile STEPS]
   python -m jobs train RUN/config.toml
 
 A setting comes from the preset, then from the file, then from the flags. --dry-run prints the plan and writes nothing.
 --offline trains although MLflow does not answer; the next run or command that reaches it sends what it missed.
 --elastic MIN:MAX trains on as many Ray workers as there is room for: cluster.min_workers and cluster.workers at once.
+--profile has torch's profiler trace so many steps into RUN/traces.
 """
 
 from __future__ import annotations
@@ -33,8 +35,12 @@ SHOWN = (
     ("perf/images_per_s",     "{:.1f} images/s"),
     ("train/lr",              "lr {:.1e}"),
     ("perf/data_wait_pct",    "wait {:.1f} %"),
+    ("perf/mfu",              "MFU {:.1%}"),
+    ("memory/peak_gb",        "memory {:.2f} GB"),
     ("train/inversion_error", "inversion {:.0e}"),
     ("memory/tightened",      "anchors tightened {:.0f} times"),
+    ("ft/checkpoint",         "checkpoint at {:.0f}"),
+    ("ft/restarts",           "restarts {:.0f}"),
 )  # fmt: skip
 """What of a row a person watches, a bar has room for the first three; all of it is in RUN/metrics.jsonl."""
 
@@ -53,10 +59,9 @@ def main(argv: Sequence[str]) -> int:
 
         print(plan(config))
         return 0
-    if "--offline" not in argv:
-        from pipeline.mlflow_run import refuse_silent
+    from jobs.preflight import preflight
 
-        refuse_silent(config.tracking.uri)
+    preflight(config, offline="--offline" in argv)
     summary = launch(config)
     if os.environ.get("RANK", "0") == "0":
         print(f"{config.storage}/{config.name}: {closing(summary)}")
@@ -73,6 +78,7 @@ def parse(arguments: list[str]) -> tuple[TrainConfig, bool]:
     dry_run = "--dry-run" in rest
     files, rest = taken([word for word in rest if word != "--dry-run"], "--config")
     ranges, rest = taken(rest, "--elastic", "MIN:MAX")
+    rest = [f"--tracking.{word[2:]}" if word.split("=")[0] == "--profile" else word for word in rest]
     for file in files:
         base = read_config(file, base)
     prog = f"python -m jobs train {name}"

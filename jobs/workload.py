@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glow import FlowConfig, GlowConfig, RealNVPConfig, make_flow
-from glow.budget import level_costs
+from glow.flops import peak_tflops, step_flops
 from jobs.plain import PlainGlow
 from jobs.plain_realnvp import PlainRealNVP
 
@@ -150,31 +150,6 @@ def _peak_of_row(workload: Workload, variant: Variant) -> int:
     """Bytes a step of a variant takes on the GPU above all models and the batch, its gradients among them."""
     workload.drop_gradients()
     return _peak_on_gpu(lambda: workload.step(variant))
-
-
-PEAKS = {
-    # name      float32  bfloat16, dense TFLOP/s as the maker states them
-    "H100 PCIe": (51.0, 756.0),
-    "H100":      (67.0, 989.0),
-    "H200":      (67.0, 989.0),
-    "A100":      (19.5, 312.0),
-    "A10G":      (31.2, 70.0),
-    "L40S":      (91.6, 362.0),
-    "L4":        (30.3, 121.0),
-    "RTX 4090":  (82.6, 165.0),
-    "RTX 3090":  (35.6, 71.0),
-}  # fmt: skip
-
-
-def peak_tflops(device_name: str, bfloat16: bool) -> float | None:
-    """What a GPU can do without tensor cores (float32) or with them (bfloat16); None where it is not in the table."""
-    names = [name for name in PEAKS if name in device_name]
-    return PEAKS[max(names, key=len)][int(bfloat16)] if names else None
-
-
-def step_flops(config: GlowConfig, batch: int) -> int:
-    """Of a training step that stores its activations; what is computed again for memory's sake does not count."""
-    return 6 * sum(cost.macs for cost in level_costs(config, batch))
 
 
 def _utilisation(setup: Setup, variant: Variant, seconds: float) -> float | None:

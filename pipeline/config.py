@@ -154,6 +154,8 @@ class TrackingConfig:
     """MLflow tracking URI; empty records in the run folder alone."""
     experiment: str = "glow"
     """MLflow experiment."""
+    profile: int = 0
+    """Steps that torch's profiler traces, once, into RUN/traces; 0 none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +172,8 @@ class ClusterConfig:
     """Give every worker a GPU."""
     threads: int = 1
     """CPU threads a worker; part of bit-reproducibility on CPUs."""
+    peak_tflops: float = 0.0
+    """What a worker's device can do at most, for MFU; 0 takes the maker's figure of a known GPU."""
     address: str = ""
     """Ray address; empty starts Ray on this machine."""
     max_failures: int = 3
@@ -212,19 +216,24 @@ def read_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfi
         overrides = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
+    return config_of(overrides, str(path), base)
+
+
+def config_of(overrides: dict[str, Any], where: str, base: TrainConfig | None = None) -> TrainConfig:
+    """A tree of plain values, found at `where`, laid over `base`; raises as `read_config` does."""
     below = dataclasses.asdict(base or TrainConfig())
     asked = overrides.get("model")
     if isinstance(asked, dict) and asked.get("family", below["model"]["family"]) != below["model"]["family"]:
         family = FAMILIES.get(asked["family"])
         if family is None:
-            raise ConfigError(f"model.family: no {asked['family']!r}", where=str(path), cure=f"one of {list(FAMILIES)}")
+            raise ConfigError(f"model.family: no {asked['family']!r}", where=where, cure=f"one of {list(FAMILIES)}")
         below["model"] = dataclasses.asdict(family())
     merged = _laid_over(below, overrides)
     try:
         # JSON mode is strict about types (no "3" for 3) and still takes a TOML array for a tuple.
         return TypeAdapter(TrainConfig).validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
-        raise _first_finding(error, merged, str(path)) from error
+        raise _first_finding(error, merged, where) from error
 
 
 def write_config(config: TrainConfig) -> str:

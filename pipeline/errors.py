@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Sequence
+
 
 class PipelineError(Exception):
     """A refusal a person can act on.
@@ -72,6 +75,17 @@ class DivergedError(PipelineError):
 
 
 class Interrupted(PipelineError):
-    """Stopped by SIGINT or SIGTERM after a committed checkpoint."""
+    """Stopped after a committed checkpoint: by SIGTERM, or as somebody asked through the cluster."""
 
     exit_code = 143
+
+
+class CtrlC(Interrupted):
+    """Stopped by SIGINT, after a committed checkpoint."""
+
+    exit_code = 130
+
+
+def interruption(signals: Sequence[int]) -> type[Interrupted]:
+    """What stopping for these signals, the first of them counts, is called."""
+    return CtrlC if list(signals[:1]) == [signal.SIGINT] else Interrupted

@@ -27,6 +27,7 @@ from pipeline.manifest import Manifest
 from pipeline.model import ModelConfig, weights_of, write_model
 from pipeline.model_card import model_card
 from pipeline.order import Sequential
+from pipeline.recipe import recipe_of
 from pipeline.report import kept_review
 from pipeline.sampling import Condition, one_thread
 from pipeline.storage import MissingError, Storage, sha256_hex
@@ -158,6 +159,7 @@ def lineage_of(run: TrainedRun, manifest: Manifest) -> dict[str, Any]:
         "step": run.step,
         "images": run.images,
         "data": {"prefix": manifest.storage.url, "digest": manifest.digest, "split": run.config.data.train},
+        "recipe": recipe_of(run.config),
         "commit": commit,
         "dirty": changed,
         "python": platform.python_version(),

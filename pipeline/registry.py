@@ -88,7 +88,8 @@ class ModelRegistry:
         folder = run.sub("model")
         lineage = json.loads(folder.read("lineage.json"))
         data = {f"data.{key}": value for key, value in lineage.pop("data").items()}
-        tags = {key: str(value) for key, value in (lineage | data | {RUN_TAG: run.url}).items() if value != ""}
+        known = lineage | data | {RUN_TAG: run.url}
+        tags = {key: str(value) for key, value in known.items() if value != "" and key != "recipe"}
         with translated(self.uri), tempfile.TemporaryDirectory() as scratch:
             run_id = find_run(self.client, tracking, lineage["name"], run_key(run))
             for file in folder.list():

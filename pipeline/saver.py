@@ -65,6 +65,8 @@ class Saver:
         self._folder = run.sub("checkpoints")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._flight: _Flight | None = None
+        self.images = 0
+        """Position of the newest checkpoint."""
 
     @property
     def writing(self) -> bool:
@@ -101,6 +103,7 @@ class Saver:
             return
         self._flight = None
         on_first(self._world, flight.commit.result)
+        self.images = flight.images
 
     def finish(self) -> None:
         """Wait until the checkpoint under way is committed, where there is one."""

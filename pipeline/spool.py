@@ -37,13 +37,23 @@ class Spool:
         self._file.truncate(self._length)
 
     def append(self, row: Mapping[str, Any]) -> bool:
-        """Add one row; False where there is no room for it. Threads may call this at the same time."""
+        """Add one row; False where there is no room for it, on a full disk too. Threads may call this at once."""
         data = canonical_json(dict(row))
         with self._lock:
-            if self._length + len(data) > self._limit:
+            if self._length + len(data) > self._limit or not self._written(data):
                 return False
-            self._length += self._file.write(data)
+            self._length += len(data)
             return True
+
+    def _written(self, data: bytes) -> bool:
+        """Whether all of it went out; what did not leaves no torn line."""
+        try:
+            whole = self._file.write(data) == len(data)
+        except OSError:
+            whole = False
+        if not whole:
+            self._file.truncate(self._length)
+        return whole
 
     def rows(self) -> Iterator[Row]:
         """Every row so far."""

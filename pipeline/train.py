@@ -9,8 +9,7 @@ from __future__ import annotations
 import secrets
 import signal
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,16 +27,20 @@ from pipeline.config import (
     refuse_impossible,
     write_config,
 )
-from pipeline.errors import ConfigError, DataError, DivergedError, Interrupted
+from pipeline.errors import ConfigError, DataError, DivergedError, interruption
 from pipeline.evaluate import validation_bits
+from pipeline.export import revision
 from pipeline.grids import training_grid
 from pipeline.learner import Examples, Learner
 from pipeline.lease import held
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.order import Order, Sequential
+from pipeline.pace import Pace
+from pipeline.recipe import code_digest
 from pipeline.saver import Saver
 from pipeline.storage import open_storage
-from pipeline.stream import Batch, Stream
+from pipeline.stream import Stream
+from pipeline.traces import traced
 from pipeline.tracking import Tracker, flat_params
 from pipeline.world import World, any_rank, joined, on_first
 
@@ -66,6 +69,8 @@ def run(
         with held(world, folder, lambda: newest_step(folder), owner, config.cluster.lease_s, tell) as token:
             tracker = Tracker(folder, config.tracking, config.name, world.rank)
             try:
+                if world.rank == 0:
+                    tracker.event("started", workers=world.size, **origin())
                 return train_twice(config, manifest, world, tracker, report, stop, token)
             except BaseException as error:
                 tracker.event("stopped", reason=f"{type(error).__name__}: {error}")
@@ -75,6 +80,12 @@ def run(
 
 IGNORABLE = {"classes": (-1,), "attributes": (-1,)}
 """What a model may leave aside of its data, and how its settings say so; that stays, so that they may be read again."""
+
+
+def origin() -> dict[str, Any]:
+    """What is trained with here: commit and digest of the code, and torch."""
+    commit, changed = revision()
+    return {"commit": commit, "dirty": changed, "code": code_digest(), "torch": str(torch.__version__)}
 
 
 def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
@@ -135,31 +146,38 @@ def train(
     learner = Learner(config, world, examples := Examples(config, manifest, world.device))
     accepted = accepting(identity, settings, config.allow_change)
     loaded = load_latest(folder, world, accepted, on_event=lambda text: tracker.event("checkpoint", text=text))
-    on_first(world, lambda: folder.write("config.toml", write_config(replace(config, allow_change=())).encode()))
+    on_first(world, lambda: folder.write("config.toml", write_config(for_next_time(config)).encode()))
     tracker.start(flat_params(config), inputs_of(manifest))
     tracker.artifact("config.toml")
     figures: dict[str, float] = {}
     saver = Saver(folder, world, identity, keep=schedule.keep, token=token, committed=tracker.sync)
-    with opened(config, manifest, world) as (stream, unseen), stop_asked() as asked, closing(saver):
+    tracing = traced(config.tracking.profile, folder, world, tracker, lambda: learner.step)
+    data = opened(config, manifest, world)
+    with data as (stream, unseen), stop_asked() as asked, closing(saver), tracing as step_taken:
         if loaded is None:
             learner.initialize(stream)
             figures |= look(learner, examples, unseen, tracker)
         else:
             learner.restore(loaded.tensors, loaded.state)
+            saver.images = loaded.images
             tracker.event("resumed", images=learner.images)
         tell(learner, tracker)
-        pace = Pace(learner.images, schedule.images)
+        pace = Pace(config, world, learner.images)
+        if pace.unknown:
+            tracker.event("mfu", value=None, reason=pace.unknown)
         end = schedule.images + -schedule.images % schedule.batch
         for batch in pace.timed(stream.batches(learner.images, schedule.batch, learner.rows, stop=end)):
             if refused := learner.learn(batch):
                 tracker.event("skipped", images=learner.images, **refused)
                 learner.guard.refuse_hopeless(refused)
+            step_taken()
             last = learner.images >= schedule.images
             stopping, writing = any_rank(world, bool(asked) or stop(), saver.writing)
             saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
             speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
             if speaking:
                 fresh = learner.figures() | pace.figures(learner.images) | stream.figures()
+                fresh |= {"ft/checkpoint": float(saver.images), "ft/restarts": float(max(token - 1, 0))}
                 tracker.log(learner.images, fresh)
                 tell(learner, tracker)
                 figures |= fresh
@@ -175,9 +193,15 @@ def train(
                 report({"images": float(learner.images)} | figures)
             if stopping and not last:
                 cure = "run the same command again to go on"
-                raise Interrupted(f"stopped after a checkpoint at {learner.images} images", where=folder.url, cure=cure)
+                text = f"stopped after a checkpoint at {learner.images} images"
+                raise interruption(asked)(text, where=folder.url, cure=cure)
     tracker.close()
     return {"images": float(learner.images)} | figures
+
+
+def for_next_time(config: TrainConfig) -> TrainConfig:
+    """The configuration without what was asked of this attempt alone."""
+    return replace(config, allow_change=(), tracking=replace(config.tracking, profile=0))
 
 
 def tell(learner: Learner, tracker: Tracker) -> None:
@@ -253,30 +277,3 @@ def stop_asked() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class Pace:
-    """How fast images go by, how much of that is waiting for data, and when the last one is due."""
-
-    def __init__(self, images: int, total: int) -> None:
-        self._images, self._total = images, total
-        self._since, self._waited = time.monotonic(), 0.0
-
-    def timed(self, batches: Generator[Batch]) -> Iterator[Batch]:
-        """The same batches; time spent waiting for them is counted."""
-        with closing(batches):
-            while True:
-                start = time.monotonic()
-                batch = next(batches, None)
-                self._waited += time.monotonic() - start
-                if batch is None:
-                    return
-                yield batch
-
-    def figures(self, images: int) -> dict[str, float]:
-        """Since the last call: images a second, share of time waiting for data, seconds to go."""
-        spent = max(time.monotonic() - self._since, 1e-9)
-        speed, wait = (images - self._images) / spent, 100 * self._waited / spent
-        self._images, self._since, self._waited = images, time.monotonic(), 0.0
-        left = (self._total - images) / speed if speed else 0.0
-        return {"perf/images_per_s": speed, "perf/data_wait_pct": wait, "perf/eta_s": left}

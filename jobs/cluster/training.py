@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.start import SIGNALS, started
 from pipeline.config import ClusterConfig, TrainConfig
-from pipeline.errors import ConfigError, Interrupted, PipelineError, RemoteError
+from pipeline.errors import ConfigError, Interrupted, PipelineError, RemoteError, interruption
 from pipeline.storage import open_storage
 
 if TYPE_CHECKING:
@@ -223,12 +223,13 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: Clus
                 told = time.monotonic()
                 report({"event": "stopping after a checkpoint"})
             if len(asked) > 1 or (told and time.monotonic() > told + STOP_SECONDS):
-                raise Interrupted("stopped before a checkpoint", cure="the same command goes on from the last one")
+                cure = "the same command goes on from the last one"
+                raise interruption(asked)("stopped before a checkpoint", cure=cure)
     if "error" in outcome:
         raise outcome["error"]
     row = outcome["result"].return_value
-    if "interrupted" in row:
-        raise row["interrupted"]
+    if error := row.get("interrupted"):
+        raise interruption(asked)(error.what, where=error.where, cure=error.cure)
     if "preempted" in row:
         raise _Preempted(row["preempted"].what)
     return row

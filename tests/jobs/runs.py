@@ -144,8 +144,9 @@ def followed(
 
 
 def tensors_of(run: Path | str) -> str:
-    """A digest over every tensor of a run's newest checkpoint, whatever parts it is cut into."""
+    """A digest over every tensor of a run's newest checkpoint: weights, averages, moments, in whatever parts."""
     trained = read_run(open_storage(str(run)))
+    assert {name.partition("/")[0] for name in trained.tensors} == {"model", "ema", "optim"}
     digest = hashlib.sha256(str((trained.step, trained.images)).encode())
     for name in sorted(trained.tensors):
         digest.update(name.encode() + trained.tensors[name].contiguous().numpy().tobytes())

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from glow.flops import peak_tflops
 from jobs import bench
-from jobs.workload import peak_tflops
 
 SMALL = ["--size", "8", "--levels", "1", "--steps", "8", "--width", "8", "--batch", "2"]
 
@@ -150,3 +150,21 @@ def test_it_needs_torch_alone() -> None:
         sys.exit(main(["step", *{SMALL}, "--rounds", "1"]))
     """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, stdout=subprocess.DEVNULL)
+
+
+def test_both_sums_are_timed_on_real_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--size", "8", "--levels", "1", "--steps", "1", "--width", "4", "--batch", "4", "--leaf", "2"]
+    assert bench.main(["reduction", *small, "--rounds", "1", "--json"]) == 0
+    overlap, tree = json.loads(capsys.readouterr().out)["rows"]
+    assert (overlap["row"], overlap["cpu_ratio"], overlap["wall_ratio"]) == ("overlap", 1, 1)
+    assert min(tree["cpu_ratio"], tree["wall_ratio"]) > 0
+    with pytest.raises(SystemExit):
+        bench.main(["reduction", *small, "--workers", "3"])
+
+
+@pytest.mark.nightly
+def test_a_run_with_kills_is_the_run_without(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--images", "960", "--kills", "2", "--plot", str(tmp_path / "kills.png"), "--json"]
+    assert bench.main(["kills", *words]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 2
+    assert (tmp_path / "kills.png").stat().st_size > 10_000

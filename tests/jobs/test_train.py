@@ -105,15 +105,34 @@ def test_a_refusal_on_a_worker_is_final_and_keeps_its_exit_code(tmp_path: Path, 
     assert traces.left() == NOTHING
 
 
-def test_sigterm_ends_a_ray_run_and_the_same_command_goes_on(plain: Path, tmp_path: Path, traces: Traces) -> None:
+ENDS = ((signal.SIGTERM, 143), (signal.SIGINT, 130))
+
+
+@pytest.mark.parametrize(("number", "code"), ENDS)
+def test_a_signal_ends_a_plain_run_after_a_checkpoint_with_its_own_exit_code(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    def stop(process: psutil.Process, line: str) -> None:
+        if line.startswith("images 160/"):
+            process.send_signal(number)
+
+    found, output = followed(jobs("train", *settings(tmp_path, IMAGES), "--name", "stopped"), stop)
+    assert found == code, output
+    assert "stopped after a checkpoint at" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "expected"), [ENDS[0], pytest.param(*ENDS[1], marks=pytest.mark.nightly)])
+def test_a_signal_ends_a_ray_run_and_the_same_command_goes_on(
+    plain: Path, tmp_path: Path, traces: Traces, number: signal.Signals, expected: int
+) -> None:
     words = jobs("train", *settings(tmp_path, IMAGES), "--name", "stopped", "--cluster.workers", "2")
 
     def stop(process: psutil.Process, line: str) -> None:
         if line.startswith("images 480/"):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
 
     code, output = followed(words, stop)
-    assert code == 143, output
+    assert code == expected, output
     stopped = re.search(r"stopped after a checkpoint at (\d+) images", output.splitlines()[-1])
     assert stopped
     assert traces.left() == NOTHING
@@ -156,3 +175,20 @@ def test_a_killed_driver_leaves_no_process_and_the_next_start_no_folder(
     assert code == 0, output
     assert traces.left() == NOTHING
     assert tensors_of(tmp_path / "runs" / "orphaned") == tensors_of(plain)
+
+
+def test_preflight_refuses_in_a_line_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before a worker is asked for: a prefix that cannot be written, memory and disk that do not suffice."""
+    (tmp_path / "file").write_text("in the way")
+    words = settings(tmp_path, IMAGES)
+    before = sorted(tmp_path.rglob("*"))
+    for changed, said in (
+        (["--storage", str(tmp_path / "file" / "runs")], "Not a directory; check the folder's rights"),
+        (["--schedule.batch", "4194304", "--schedule.leaf", "4194304"], "no room: memory of the workers"),
+        (["--data.prefix", str(tmp_path)], "no dataset here"),
+        (["--model.levels", "5"], "size 16 is not divisible by 2^5"),
+    ):
+        code = main(["train", *words, *changed])
+        told = capsys.readouterr().err
+        assert (code in (3, 4), told.count("\n"), said in told) == (True, 1, True), told
+    assert set(tmp_path.rglob("*")) - {tmp_path / "runs"} == set(before)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,25 +19,32 @@ import pytest
 import torch
 
 from glow import GlowConfig
+from glow.budget import level_macs
 from jobs.data import prepare
 from pipeline.checkpoint import accepting, load_latest
 from pipeline.config import (
+    ClusterConfig,
     DataConfig,
     EvaluateConfig,
     MemoryConfig,
     OptimConfig,
     ScheduleConfig,
+    TrackingConfig,
     TrainConfig,
     fingerprint,
+    read_config,
     write_config,
 )
 from pipeline.errors import ConfigError, ConflictError, DivergedError, Interrupted
+from pipeline.evaluate import validation_bits
 from pipeline.export import export_model, natural_stream, read_run
 from pipeline.golden import verify_model
+from pipeline.learner import Examples
 from pipeline.manifest import open_manifest
 from pipeline.model import read_model
 from pipeline.review import evaluate_subject, open_subject
-from pipeline.storage import open_storage
+from pipeline.spool import parse_rows
+from pipeline.storage import canonical_json, open_storage
 from pipeline.toy import write_toy
 from pipeline.train import due, resolved, run
 from pipeline.world import World
@@ -100,11 +111,22 @@ def test_killed_and_run_again_ends_in_the_same_bits(config: TrainConfig) -> None
     process.kill()
     process.wait()
     process.stdout.close()
+    scramble_times(Path(config.storage) / "killed")
     run(again)
     assert_same(weights(config), weights(again))
     rows = [json.loads(line) for line in (Path(config.storage) / "killed" / "metrics.jsonl").read_text().splitlines()]
     places = [(key, row["images"]) for row in rows for key in row["metrics"]]
     assert len(places) == len(set(places))
+
+
+def scramble_times(folder: Path) -> None:
+    """Let every file and row be of another time (promise R15)."""
+    clock = random.Random(0)
+    for spool in (folder / "metrics.jsonl", folder / "events.jsonl"):
+        rows = parse_rows(spool.read_bytes())
+        spool.write_bytes(b"".join(canonical_json({**row, "time": clock.randrange(2**41)}) for row in rows))
+    for path in folder.rglob("*"):
+        os.utime(path, (clock.randrange(2**31),) * 2)
 
 
 KILLED = """
@@ -115,8 +137,36 @@ run(read_config(sys.argv[1]), lambda row: print(row, flush=True))
 """
 
 
+def test_what_a_run_says_of_itself(config: TrainConfig) -> None:
+    """Pace, memory, checkpoint, restarts, origin, a trace; and no MFU that is made up."""
+    figures = run(replace(config, tracking=TrackingConfig(profile=2)))
+    assert figures["ft/checkpoint"] in (IMAGES - 64, IMAGES - 32), "the last but one may still be under way"
+    assert figures["ft/restarts"] == 0
+    assert 0.05 < figures["memory/peak_gb"] < 100
+    assert 0 <= figures["perf/data_wait_pct"] <= 100
+    assert "perf/mfu" not in figures
+    folder = Path(config.storage) / "tiny"
+    events = [json.loads(row) for row in (folder / "events.jsonl").read_text().splitlines()]
+    (mfu,) = [event for event in events if event["kind"] == "mfu"]
+    assert (mfu["value"], mfu["reason"]) == (None, "a CPU's peak is not known; --cluster.peak-tflops says it")
+    (started,) = [event for event in events if event["kind"] == "started"]
+    assert (started["workers"], started["torch"]) == (1, torch.__version__)
+    assert len(started["code"]) == 64
+    (trace,) = folder.glob("traces/*.json")
+    assert len(json.loads(trace.read_bytes())["traceEvents"]) > 100
+    assert "aten::" in trace.with_suffix(".txt").read_text()
+    assert read_config(folder / "config.toml").tracking.profile == 0, "asked of one attempt alone"
+
+    longer = replace(config, schedule=replace(config.schedule, images=112), allow_change=("schedule.images",))
+    figures = run(replace(longer, cluster=ClusterConfig(peak_tflops=0.1)))
+    flops = 3 * 2 * sum(level_macs(resolved(config, open_manifest(open_storage(config.data.prefix))).model, 1))
+    assert figures["perf/mfu"] == pytest.approx(figures["perf/images_per_s"] * flops / 1e11)
+    assert figures["ft/restarts"] == 1
+
+
 def test_any_number_of_workers_one_after_the_other_ends_in_the_same_bits(config: TrainConfig) -> None:
     """Promise R6: 1, 2, 3, 4, then 1 worker, each stopped by a signal and followed by the next."""
+    config = replace(config, evaluate=replace(config.evaluate, images=48))
     run(config)
     shared = replace(config, name="shared")
     for size in (1, 2, 3, 4):
@@ -126,6 +176,7 @@ def test_any_number_of_workers_one_after_the_other_ends_in_the_same_bits(config:
     events = (Path(config.storage) / "shared" / "events.jsonl").read_text().splitlines()
     resumed = [row["images"] for row in map(json.loads, events) if row["kind"] == "resumed"]
     assert resumed == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
+    assert validated(shared) == pytest.approx(validated(config), abs=1e-6)
 
 
 def stopped_worker(world: World, config: TrainConfig) -> None:
@@ -135,14 +186,59 @@ def stopped_worker(world: World, config: TrainConfig) -> None:
         run(config, stop=lambda: world.rank == world.size - 1)
 
 
-def test_overlap_learns_the_same_up_to_rounding(config: TrainConfig) -> None:
-    run(config)
-    loose = replace(config, name="loose", schedule=replace(config.schedule, reduction="overlap"))
-    run_group(2, worker, loose)
-    tree, overlap = weights(config), weights(loose)
-    for name in tree:
+def validated(config: TrainConfig) -> list[float]:
+    """Validation figures of a run in their order; the last is of its averaged weights, taken anew."""
+    folder = open_storage(config.storage).sub(config.name)
+    rows = [json.loads(line)["metrics"] for line in folder.read("metrics.jsonl").splitlines()]
+    found = [row["val/bits_per_dim"] for row in rows if "val/bits_per_dim" in row]
+    trained = read_run(folder)
+    manifest = open_manifest(open_storage(config.data.prefix))
+    inputs = Examples(trained.config, manifest, torch.device("cpu"))
+    with natural_stream(manifest, "val", trained.config.data) as stream:
+        ema, raw = (
+            float(validation_bits(trained.model(kind), inputs, stream, World(), config.evaluate.images, 5).mean())
+            for kind in ("ema", "raw")
+        )
+    assert found[-1] == pytest.approx(ema, abs=1e-6)
+    assert abs(ema - raw) > 1e-4
+    return [*found, ema]
+
+
+def until_third_batch(world: World, config: TrainConfig) -> None:
+    """Train as one of a group, and end as if asked to after three batches."""
+    batches = itertools.count(1)
+    os.environ |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.size), "LOCAL_RANK": str(world.rank)}
+    with contextlib.suppress(Interrupted):
+        run(config, stop=lambda: next(batches) == 3)
+
+
+def trained_by(size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """Everything at the end of a run on so many workers."""
+    if size == 1:
+        run(config)
+    else:
+        run_group(size, worker, config)
+    return weights(config)
+
+
+def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Equal weights up to the rounding of six steps."""
+    for name in one:
         if name.startswith("model/"):
-            torch.testing.assert_close(overlap[name], tree[name], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
+
+
+def test_overlap_learns_the_same_up_to_rounding_on_any_number_of_workers(config: TrainConfig) -> None:
+    """Promise R6: on 1, 2, 3 and 4 from the start, and started on 2 and gone on with 1 and with 4."""
+    tree = trained_by(1, config)
+    loose = replace(config, name="loose", schedule=replace(config.schedule, reduction="overlap"))
+    for size in (1, 2, 3, 4):
+        assert_near(tree, trained_by(size, replace(loose, name=f"loose-{size}")))
+    run_group(2, until_third_batch, loose)
+    home = Path(config.storage)
+    for size in (1, 4):
+        shutil.copytree(home / "loose", home / f"on-{size}")
+        assert_near(tree, trained_by(size, replace(loose, name=f"on-{size}")))
 
 
 def test_a_finished_run_is_not_trained_again(config: TrainConfig) -> None:
@@ -184,12 +280,17 @@ def test_two_jobs_do_not_train_one_run(config: TrainConfig) -> None:
     assert "stopped" not in events, "a refused job leaves no trace"
 
 
+def diverging(world: World, config: TrainConfig) -> str:
+    with pytest.raises(DivergedError, match=r"2 gradients in a row.*samples \d+ of epoch \d.*parameters") as caught:
+        worker(world, config)
+    assert caught.value.exit_code == 8
+    return str(caught.value)
+
+
 def test_a_run_that_diverges_goes_back_once_and_names_what_it_met(config: TrainConfig) -> None:
     """Promise R14."""
-    wild = replace(config, optim=replace(config.optim, lr=1e6, warmup=48, guard_skips=2))
-    with pytest.raises(DivergedError, match=r"2 gradients in a row.*samples \d+ of epoch \d.*parameters") as caught:
-        run(wild)
-    assert caught.value.exit_code == 8
+    one, other = run_group(2, diverging, replace(config, optim=replace(config.optim, lr=1e6, warmup=48, guard_skips=2)))
+    assert one == other, "on every rank alike"
     events = [json.loads(row) for row in (Path(config.storage) / "tiny" / "events.jsonl").read_text().splitlines()]
     kinds = [event["kind"] for event in events]
     assert kinds.count("rolled back") == 1
@@ -219,13 +320,14 @@ def test_a_model_the_data_does_not_fit_is_refused(config: TrainConfig, changes: 
 
 
 def varied(config: TrainConfig) -> TrainConfig:
-    """The same run with variational noise, a classifier, and inversion everywhere."""
+    """The same run with variational noise, a classifier, clipping, bfloat16 networks, and inversion everywhere."""
     model = replace(config.model, dequantization="variational", dequantizer_width=4, classifier_weight=0.01)
-    return replace(config, model=model, memory=MemoryConfig(anchor_every=(2,)))
+    memory = MemoryConfig(anchor_every=(2,), nets="bfloat16")
+    return replace(config, model=model, memory=memory, optim=replace(config.optim, clip=1.0))
 
 
-def test_variational_noise_is_learned_alike_by_any_number_of_workers(config: TrainConfig, tmp_path: Path) -> None:
-    """Noise, its flow and the classifier: the same bits on two workers as on one, and figures for each part."""
+def test_every_way_of_learning_is_learned_alike_by_any_number_of_workers(config: TrainConfig, tmp_path: Path) -> None:
+    """Noise, classifier, clipping, bfloat16 networks: the same bits on two workers as on one, figures for each part."""
     alone, two = varied(config), varied(replace(config, storage=str(tmp_path / "two")))
     figures = run(alone)
     run_group(2, worker, two)

@@ -1,0 +1,112 @@
+"""What is looked at before a worker, and with it a GPU, is asked for: cheap, and each refusal with its cure.
+
+In this order: the settings, MLflow (unless --offline), the manifest with what follows from it, whether the run's prefix
+can be written, and whether disk and memory have room. What only the cluster knows, its CPUs and GPUs, is asked when Ray
+is there (jobs/cluster), and a cluster's nodes by `cluster doctor`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from glow import GlowConfig
+from glow.budget import level_costs, plan_of
+from jobs.plan import amount, checkpoint_bytes, parameters_of
+from pipeline.anchors import free_bytes, nets_dtype
+from pipeline.config import TrainConfig, refuse_impossible
+from pipeline.errors import ConfigError
+from pipeline.manifest import Manifest, open_manifest
+from pipeline.mlflow_run import refuse_silent
+from pipeline.storage import open_storage
+from pipeline.train import resolved
+
+PERSISTENT = 6
+"""Copies of every parameter a worker holds: weights, averaged weights, two moments, gradient, a sum of gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What is needed of something on this machine, and what is there."""
+
+    what: str
+    needed: int
+    free: int
+    cure: str
+
+    def __str__(self) -> str:
+        return f"{self.what} {amount(self.needed)} of {amount(self.free)} free"
+
+
+def preflight(config: TrainConfig, *, offline: bool = False) -> None:
+    """Raise what would stop this run later: ConfigError, RemoteError or DataError, in one line."""
+    refuse_impossible(config)
+    if not offline:
+        refuse_silent(config.tracking.uri)
+    manifest = open_manifest(open_storage(config.data.prefix))
+    config = resolved(config, manifest)
+    refuse_unwritable(config)
+    for room in rooms(config, manifest):
+        if room.needed > room.free:
+            raise ConfigError(f"no room: {room}", cure=room.cure)
+
+
+def refuse_unwritable(config: TrainConfig) -> None:
+    """Write and remove a small object where runs are; raises as storage does."""
+    runs, key = open_storage(config.storage), f"preflight-{secrets.token_hex(4)}"
+    runs.write(key, b"can this be written?")
+    runs.remove(key)
+
+
+def rooms(config: TrainConfig, manifest: Manifest) -> list[Room]:
+    """Disk for checkpoints and the cache, memory for the workers; of this machine alone."""
+    folder = open_storage(config.storage).local
+    found = [_checkpoints(config, folder)] if folder else []
+    if not config.cluster.address:  # else others do the work
+        found.append(_cache(config, manifest))
+        found += [] if config.cluster.gpu else [_memory(config)]
+    return found
+
+
+def _checkpoints(config: TrainConfig, folder: Path) -> Room:
+    there = _bytes_in(folder / config.name / "checkpoints")
+    needed = max(1, config.schedule.keep + 1) * checkpoint_bytes(config)
+    cure = "make room, a smaller schedule.keep, or another --storage"
+    return Room(what="disk for checkpoints", needed=max(0, needed - there), free=_free(folder), cure=cure)
+
+
+def _cache(config: TrainConfig, manifest: Manifest) -> Room:
+    folder = Path(config.data.cache) if config.data.cache else Path.home() / ".cache" / "glow-pipeline"
+    splits = (config.data.train, config.data.validation)
+    whole = sum(int(manifest.split(split).shards.bytes.sum()) for split in splits)
+    needed = max(0, min(int(config.data.cache_gb * 1e9), whole) - _bytes_in(folder))
+    cure = "make room, another data.cache, or a smaller data.cache_gb"
+    return Room(what="disk for the cache", needed=needed, free=_free(folder), cure=cure)
+
+
+def _memory(config: TrainConfig) -> Room:
+    """Of all workers on this machine: what they hold for good, and a leaf's backward."""
+    workers = max(1, config.cluster.workers) if "RANK" not in os.environ else 1
+    needed = 4 * PERSISTENT * parameters_of(config.model)
+    if isinstance(config.model, GlowConfig) and config.memory.anchor_every != "plan":
+        costs = level_costs(config.model, config.schedule.leaf, nets_dtype(config))
+        needed += plan_of(costs, config.memory.anchor_every).bytes
+    cure = "--memory.anchor-every plan, a smaller schedule.leaf, or fewer workers here"
+    free = free_bytes(torch.device("cpu"))
+    return Room(what="memory of the workers", needed=workers * needed, free=free, cure=cure)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+
+
+def _free(folder: Path) -> int:
+    """Bytes free where a folder is, or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
