@@ -73,8 +73,13 @@ COMMANDS: dict[str, tuple[str, Flags]] = {
     ),
     "reduction": (
         "time of a step of learning on gloo workers, tree beside overlap",
-        (*SHAPE, ("--batch", 32, "images a step"), ("--leaf", 8, "images a leaf"), ("--workers", 2, "processes"),
-         *ROUNDS),
+        (
+            *SHAPE,
+            ("--batch", 32, "images a step"),
+            ("--leaf", 8, "images a leaf"),
+            ("--workers", 2, "processes"),
+            *ROUNDS,
+        ),
     ),
     "kills": (
         "a run whose Ray workers are killed beside one left alone: losses, bits, seconds",

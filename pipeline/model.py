@@ -35,6 +35,7 @@ from pipeline.storage import MissingError, Storage, canonical_json, sha256_hex
 COVERED = ("config.json", "directions.safetensors", "golden.safetensors", "weights.safetensors")
 """The files whose digests make the artifact digest."""
 
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The content of config.json."""

@@ -69,9 +69,7 @@ class Tracker:
     only the run folder is written.
     """
 
-    def __init__(
-        self, run: Storage, config: TrackingConfig, name: str, rank: int = 0, room: int = SPOOL_BYTES
-    ) -> None:
+    def __init__(self, run: Storage, config: TrackingConfig, name: str, rank: int = 0, room: int = SPOOL_BYTES) -> None:
         self._run, self._config, self._name, self._active = run, config, name, rank == 0
         self._drain: Drain | None = None
         self._full: set[Path] = set()

@@ -33,9 +33,7 @@ def sent(address: str, words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory() as scratch, translated(client.address):
         pack(Path(scratch))
         command = shlex.join(["python", "-m", "jobs", *words, "--address", "auto"])
-        client.ray.submit_job(
-            entrypoint=f"exec {command}", submission_id=job, runtime_env={"working_dir": scratch}
-        )
+        client.ray.submit_job(entrypoint=f"exec {command}", submission_id=job, runtime_env={"working_dir": scratch})
     print(f"{job}: submitted to {client.address}", flush=True)
     return followed(client, job)
 

@@ -18,9 +18,7 @@ def tiny(folder: Path) -> Demo:
         preset("toy32").config,
         name="tiny",
         model=GlowConfig(levels=2, steps=2, width=16, coupling="additive", condition_splits=True, condition_steps=True),
-        schedule=ScheduleConfig(
-            images=480, batch=16, leaf=8, init_images=64, status_every=80, checkpoint_every=80
-        ),
+        schedule=ScheduleConfig(images=480, batch=16, leaf=8, init_images=64, status_every=80, checkpoint_every=80),
         evaluate=EvaluateConfig(every=240, images=16, rows=1, temperatures=(0.6,)),
     )
     return Demo(config, Pictures("faces", 16, 240), folder, workers=0)

@@ -34,9 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, DataConfig
             Image.fromarray(noise.astype(np.uint8)).save(folder / "source" / split / f"{index}.png")
             rows.append(f"{split}/{index}.png,{bright},{coin},0")
     (folder / "source" / "attributes.csv").write_text("\n".join(rows) + "\n")
-    plan = make_plan(
-        open_source(str(folder / "source")), Options(samples_per_shard=16), map, report=lambda n: None
-    )
+    plan = make_plan(open_source(str(folder / "source")), Options(samples_per_shard=16), map, report=lambda n: None)
     build(plan, open_storage(str(folder / "data")), mapped=map, restart=False, report=lambda n: None)
     config = DataConfig(prefix=str(folder / "data"), bits=5, cache=str(folder / "cache"), cache_gb=0.1)
     return open_manifest(open_storage(str(folder / "data"))), config
