@@ -50,6 +50,7 @@ def draw_bars(shares: Mapping[str, Sequence[float]], names: Sequence[str], mark:
     ax.axvline(mark, color=FAINT, linewidth=1, linestyle="--")
     ax.set_yticks(range(len(shares)), list(shares), fontsize=8)
     ax.set_xlim(0, 1)
+    ax.set_xlabel("share of faces whose attribute changes", fontsize=8)
     ax.invert_yaxis()
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _write(figure, path)
