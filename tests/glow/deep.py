@@ -18,7 +18,7 @@ def three_steps() -> tuple[list[float], float]:
     glow.set_anchors([8])
     x = toy_pictures(1, 1024, seed=0)
     glow.initialize([x])
-    optimizer = torch.optim.Adam(glow.parameters(), lr=1e-4)  # the full rate, without warm-up, is too much for one picture
+    optimizer = torch.optim.Adam(glow.parameters(), lr=1e-4)  # 1e-3 without warm-up is too much for one picture
     losses: list[float] = []
     for _ in range(3):
         optimizer.zero_grad()
