@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from socket import AF_INET
@@ -63,7 +63,7 @@ class Walker:
 
 
 @pytest.fixture
-def walker(tmp_path_factory: pytest.TempPathFactory) -> Walker:
+def walker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Walker]:
     """A fresh clone; of this user's home only what pip needs, so that nothing is fetched twice."""
     try:
         refuse_missing()
@@ -79,7 +79,13 @@ def walker(tmp_path_factory: pytest.TempPathFactory) -> Walker:
     if settings.exists():
         pip.setdefault("PIP_CONFIG_FILE", str(settings))
     own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1"}
-    return Walker(folder / "clone", {**inherited(), **pip, **own, **planted(folder / "home")})
+    walker = Walker(folder / "clone", {**inherited(), **pip, **own, **planted(folder / "home")})
+    # What is started in the background ignores Ctrl-C, and so would all it starts; a terminal's shell does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield walker
+    signal.signal(signal.SIGINT, before)
+    if (walker.place / "stack").exists():
+        walker.type(".venv/bin/python -m jobs stack down")
 
 
 @pytest.mark.road
