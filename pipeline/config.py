@@ -276,50 +276,31 @@ def _decisive(optim: OptimConfig) -> dict[str, Any]:
 def refuse_impossible(config: TrainConfig) -> None:
     """ConfigError for values that type checks let through and no run can honour."""
     schedule, optim = config.schedule, config.optim
+    leaves = schedule.batch // max(schedule.leaf, 1)
     for bad, what, cure in (
         (not 1 <= config.data.bits <= 8, f"data.bits is {config.data.bits}", "1 to 8"),
         (min(schedule.batch, schedule.leaf) < 1, "schedule.batch and schedule.leaf count images", "1 or more"),
-        (
-            schedule.batch % max(schedule.leaf, 1) != 0,
-            f"schedule.leaf {schedule.leaf} does not divide schedule.batch {schedule.batch}",
-            "every batch is cut into whole leaves",
-        ),
-        (
-            config.memory.anchor_every != "plan" and min(config.memory.anchor_every, default=-1) < 0,
-            f"memory.anchor_every is {config.memory.anchor_every}",
-            "one number a level, 0 or more, or plan",
-        ),
+        (schedule.batch % max(schedule.leaf, 1) != 0,
+         f"schedule.leaf {schedule.leaf} does not divide schedule.batch {schedule.batch}",
+         "every batch is cut into whole leaves"),
+        (config.memory.anchor_every != "plan" and min(config.memory.anchor_every, default=-1) < 0,
+         f"memory.anchor_every is {config.memory.anchor_every}", "one number a level, 0 or more, or plan"),
         (schedule.images < 1, f"schedule.images is {schedule.images}", "1 or more"),
-        (
-            min(schedule.status_every, schedule.checkpoint_every, config.evaluate.every) < 1,
-            "an interval of 0 images never comes round",
-            "every ..._every is 1 or more",
-        ),
+        (min(schedule.status_every, schedule.checkpoint_every, config.evaluate.every) < 1,
+         "an interval of 0 images never comes round", "every ..._every is 1 or more"),
         (schedule.keep < 1, f"schedule.keep is {schedule.keep}", "1 or more checkpoints must stay"),
-        (
-            optim.lr <= 0 or not 0 <= optim.beta1 < 1 or not 0 <= optim.beta2 < 1,
-            "optim.lr, beta1 or beta2 is out of range",
-            "lr above 0, betas in [0, 1)",
-        ),
+        (optim.lr <= 0 or not 0 <= optim.beta1 < 1 or not 0 <= optim.beta2 < 1,
+         "optim.lr, beta1 or beta2 is out of range", "lr above 0, betas in [0, 1)"),
         (config.cluster.lease_s <= 0, f"cluster.lease_s is {config.cluster.lease_s}", "seconds, above 0"),
         (min(optim.l2, optim.clip) < 0, "optim.l2 or optim.clip is below 0", "0 is off"),
         (optim.ema_halflife < 1, f"optim.ema_halflife is {optim.ema_halflife}", "images, 1 or more"),
-        (
-            config.cluster.workers > schedule.batch // max(schedule.leaf, 1),
-            f"{config.cluster.workers} workers for {schedule.batch // max(schedule.leaf, 1)} leaves a batch",
-            "at most batch / leaf workers have work",
-        ),
-        (
-            not 0 <= config.cluster.min_workers <= config.cluster.workers,
-            f"cluster.min_workers is {config.cluster.min_workers}",
-            "from 0 to cluster.workers",
-        ),
-        (
-            not config.name or "/" in config.name or config.name.startswith("."),
-            f"name is {config.name!r}",
-            "a folder name",
-        ),
-    ):
+        (config.cluster.workers > leaves, f"{config.cluster.workers} workers for {leaves} leaves a batch",
+         "at most batch / leaf workers have work"),
+        (not 0 <= config.cluster.min_workers <= config.cluster.workers,
+         f"cluster.min_workers is {config.cluster.min_workers}", "from 0 to cluster.workers"),
+        (not config.name or "/" in config.name or config.name.startswith("."), f"name is {config.name!r}",
+         "a folder name"),
+    ):  # fmt: skip
         if bad:
             raise ConfigError(what, cure=cure)
 

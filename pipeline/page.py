@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 
@@ -23,8 +23,7 @@ def as_html(report: Report) -> str:
     """The report as one page: no scripts, no requests, light and dark."""
     style = resources.files("pipeline").joinpath("report.css").read_text(encoding="utf-8")
     cards = [_headline(report), _comparison(report), *_charts(report), _terms(report.main), _classes(report.main)]
-    cards += [_uniformity(report), _round_trips(report.main), _conditioning(report)]
-    cards += [_recognition(report)]
+    cards += [_uniformity(report), _round_trips(report.main), _conditioning(report), _recognition(report)]
     cards += [_picture(*picture) for picture in report.pictures]
     cards += [_gates(report.gates), _lineage(report.lineage)]
     lead = (
@@ -69,14 +68,13 @@ def _comparison(report: Report) -> str:
     mine = next(iter(figures))
     figures |= {_codec_name(name): found for name, found in report.codecs.items()}
     widest = max(figure.mean for figure in figures.values())
-    rows = "".join(
-        f'<tr class="{"mine" if name == mine else ""}"><td>{escape(name)}</td><td class="n">{figure.mean:.3f}</td>'
-        f'<td class="n">± {figure.stderr:.3f}</td><td class="bar">{_bar(figure.mean / widest, name == mine)}</td></tr>'
+    rows = (
+        _row(name, f"{figure.mean:.3f}", f"± {figure.stderr:.3f}", bar=_bar(figure.mean / widest, name == mine),
+             mine=name == mine)
         for name, figure in figures.items()
-    )
-    head = '<tr><th></th><th class="n">bits/dim</th><th class="n">s.e.</th><th></th></tr>'
+    )  # fmt: skip
     note = "Fewer is better: what one value of one pixel costs, by the model and in files of the same pixels."
-    return _card("Beside file formats", note, _table(head, rows), "rest")
+    return _card("Beside file formats", note, _table(("bits/dim", "s.e."), rows), "rest")
 
 
 def _charts(report: Report) -> list[str]:
@@ -104,16 +102,13 @@ def _terms(evaluation: Evaluation) -> str:
     terms |= {f"prior of level {level}": share for level, share in enumerate(evaluation.priors, start=1)}
     terms |= {"variational noise": evaluation.noise} if evaluation.uniform_noise else {}
     widest = max(abs(value) for value in terms.values())
-    rows = "".join(
-        f'<tr><td>{name}</td><td class="n">{_signed(value)}</td>'
-        f'<td class="bar">{_bar(abs(value) / widest, False, value < 0)}</td></tr>'
-        for name, value in terms.items()
-    )
-    rows += f'<tr class="mine"><td>sum</td><td class="n">{evaluation.bits_per_dim.mean:.3f}</td><td></td></tr>'
+    shares = {name: _bar(abs(value) / widest, False, value < 0) for name, value in terms.items()}
+    rows = [_row(name, _signed(value), bar=shares[name]) for name, value in terms.items()]
+    rows.append(_row("sum", f"{evaluation.bits_per_dim.mean:.3f}", bar="", mine=True))
     error = evaluation.round_trip
     exact = f"decode(encode(x)) differs from x by at most {error:.1e}." if error >= 0 else ""
     note = f"Where the bits go, level 1 being the finest. {exact}"
-    return _card("Terms", note, _table('<tr><th></th><th class="n">bits/dim</th><th></th></tr>', rows), "half")
+    return _card("Terms", note, _table(("bits/dim",), rows), "half")
 
 
 def _uniformity(report: Report) -> str:
@@ -134,45 +129,36 @@ def _uniformity(report: Report) -> str:
         "Flat, with mean 0.5 and 12 × variance 1, where the model is right; a hump: the latents of the data are "
         "narrower than it takes them for, a bowl: wider. Own p: Kolmogorov and Smirnov's test on its own samples."
     )
-    return _card("Data to the standard normal", note, _table(head, rows), "half")
+    return _card("Data to the standard normal", note, _scrolling(head, rows), "half")
 
 
 def _conditioning(report: Report) -> str:
     if not report.conditioning:
         return ""
-    rows = "".join(
-        f'<tr><td>{escape(name.replace("_", " "))}</td><td class="n">{found.present:.0%}</td>'
-        f'<td class="n">{found.absent:.0%}</td><td class="n">{found.judge:.1%}</td>'
-        f'<td class="bar">{_bar((found.present + found.absent) / 2, True)}</td></tr>'
+    rows = (
+        _row(name.replace("_", " "), f"{found.present:.0%}", f"{found.absent:.0%}", f"{found.judge:.1%}",
+             bar=_bar((found.present + found.absent) / 2, True))
         for name, found in report.conditioning.items()
-    )
-    head = (
-        '<tr><th></th><th class="n">there when asked</th><th class="n">gone when asked</th>'
-        '<th class="n">judge, held out</th><th></th></tr>'
-    )
+    )  # fmt: skip
+    heads = ("there when asked", "gone when asked", "judge, held out")
     note = "Samples asked for an attribute, and asked to be without it, as a classifier of held-out accuracy sees them."
-    return _card("Conditioning", note, _table(head, rows))
+    return _card("Conditioning", note, _table(heads, rows))
 
 
 def _recognition(report: Report) -> str:
     if not report.recognition:
         return ""
-    rows = "".join(
-        f'<tr><td>{escape(name.replace("_", " "))}</td><td class="n">{found.right:.0%}</td>'
-        f'<td class="n">{found.chance:.0%}</td><td class="n">{found.bits:.2f}</td>'
-        f'<td class="bar">{_bar(found.right, found.right > found.chance)}</td></tr>'
+    rows = (
+        _row(name.replace("_", " "), f"{found.right:.0%}", f"{found.chance:.0%}", f"{found.bits:.2f}",
+             bar=_bar(found.right, found.right > found.chance))
         for name, found in report.recognition.items()
-    )
-    head = (
-        '<tr><th></th><th class="n">told right</th><th class="n">by chance</th><th class="n">bits of surprise</th>'
-        "<th></th></tr>"
-    )
+    )  # fmt: skip
     images = max(found.images for found in report.recognition.values())
     note = (
         f"p(condition | image) by Bayes’ rule from the likelihoods of {images} held-out images, both signs equally "
         "probable beforehand: how much of a condition the density itself knows."
     )
-    return _card("Recognition", note, _table(head, rows))
+    return _card("Recognition", note, _table(("told right", "by chance", "bits of surprise"), rows))
 
 
 def _round_trips(evaluation: Evaluation) -> str:
@@ -180,23 +166,23 @@ def _round_trips(evaluation: Evaluation) -> str:
         return ""
     named = {"pixels, decode(encode(x)) − x": evaluation.round_trip}
     named |= {f"latents of level {i}": error for i, error in enumerate(evaluation.latent_round_trips, start=1)}
-    rows = "".join(f'<tr><td>{name}</td><td class="n">{error:.1e}</td></tr>' for name, error in named.items())
-    rows += f'<tr><td>images exact to the bit</td><td class="n">{evaluation.exact:.1%}</td></tr>'
-    head = '<tr><th></th><th class="n">largest error</th></tr>'
-    return _card("There and back", "Float32 rounding, over the first held-out images.", _table(head, rows), "half")
+    rows = [_row(name, f"{error:.1e}") for name, error in named.items()]
+    rows.append(_row("images exact to the bit", f"{evaluation.exact:.1%}"))
+    note = "Float32 rounding, over the first held-out images."
+    return _card("There and back", note, _table(("largest error",), rows, bars=False), "half")
 
 
 def _classes(evaluation: Evaluation) -> str:
     if not evaluation.classes:
         return ""
     widest = max(figure.mean for figure in evaluation.classes.values())
-    rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="n">{figure.images}</td><td class="n">{figure.mean:.3f}</td>'
-        f'<td class="n">± {figure.stderr:.3f}</td><td class="bar">{_bar(figure.mean / widest, False)}</td></tr>'
+    rows = (
+        _row(name, str(figure.images), f"{figure.mean:.3f}", f"± {figure.stderr:.3f}",
+             bar=_bar(figure.mean / widest, False))
         for name, figure in evaluation.classes.items()
-    )
-    head = '<tr><th></th><th class="n">images</th><th class="n">bits/dim</th><th class="n">s.e.</th><th></th></tr>'
-    return _card("Classes", "Each image under its own class and attributes.", _table(head, rows), "half")
+    )  # fmt: skip
+    table = _table(("images", "bits/dim", "s.e."), rows)
+    return _card("Classes", "Each image under its own class and attributes.", table, "half")
 
 
 def _picture(title: str, note: str, picture: Image.Image) -> str:
@@ -218,7 +204,7 @@ def _gates(results: Sequence[Result]) -> str:
         for result in results
     )
     head = '<tr><th>gate</th><th></th><th class="n">value</th><th class="n">limit</th><th></th></tr>'
-    return _card("Gates", "What a version must pass to become champion.", _table(head, rows))
+    return _card("Gates", "What a version must pass to become champion.", _scrolling(head, rows))
 
 
 def _lineage(lineage: Mapping[str, str]) -> str:
@@ -228,7 +214,19 @@ def _lineage(lineage: Mapping[str, str]) -> str:
     return _card("Lineage", "", f"<dl>{rows}</dl>")
 
 
-def _table(head: str, rows: str) -> str:
+def _table(heads: Sequence[str], rows: Iterable[str], bars: bool = True) -> str:
+    """A table of named rows: figures under `heads`, then bars."""
+    head = "".join(f'<th class="n">{name}</th>' for name in heads) + "<th></th>" * bars
+    return _scrolling(f"<tr><th></th>{head}</tr>", "".join(rows))
+
+
+def _row(name: str, *figures: str, bar: str | None = None, mine: bool = False) -> str:
+    cells = "".join(f'<td class="n">{figure}</td>' for figure in figures)
+    cells += "" if bar is None else f'<td class="bar">{bar}</td>'
+    return f'<tr class="{"mine" * mine}"><td>{escape(name)}</td>{cells}</tr>'
+
+
+def _scrolling(head: str, rows: str) -> str:
     return f'<div class="scroll"><table><thead>{head}</thead><tbody>{rows}</tbody></table></div>'
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 import secrets
 import signal
 import threading
@@ -22,20 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.start import SIGNALS, started
+from jobs.cluster.worker import Mailbox, Report, Row, Work, counted, final, loop, train_worker
 from pipeline.config import ClusterConfig, TrainConfig
-from pipeline.errors import ConfigError, Interrupted, PipelineError, RemoteError, interruption
+from pipeline.errors import ConfigError, PipelineError, RemoteError, interruption
 from pipeline.storage import open_storage
 
 if TYPE_CHECKING:
     from ray.train.torch import TorchTrainer
 
-Row = dict[str, Any]
-Report = Callable[[Row], None]
-Stop = Callable[[], bool]
-Work = Callable[[TrainConfig, Report, Stop], Row]
-
-STOP_POLL_SECONDS = 0.5
-PREEMPTION_POLL_SECONDS = 1.0
 RESIZE_SECONDS = 30.0
 """How often an elastic run that is well looks for room for more workers."""
 
@@ -45,10 +38,6 @@ WAITING_SECONDS = 20.0
 STOP_SECONDS = 100.0
 """How long the workers may take to commit a last checkpoint; less than the job server's patience with a stopped job."""
 
-TRANSIENT = (RemoteError, Interrupted, OSError, RuntimeError)
-"""What another attempt may cure beside Ray's own errors (a process or node gone)."""
-
-
 def train(config: TrainConfig, report: Report, work: Work | None = None) -> Row:
     """Run the loop on `config.cluster.workers` Ray workers; rank 0's rows reach `report`, its summary is returned.
 
@@ -56,7 +45,7 @@ def train(config: TrainConfig, report: Report, work: Work | None = None) -> Row:
     Failures another attempt may cure restart all workers, at most `cluster.max_failures` times; a node that announces
     its end costs no failure; a PipelineError that would come again is raised here at once, as itself.
     """
-    work = work or functools.partial(_loop, owner=secrets.token_hex(8))
+    work = work or functools.partial(loop, owner=secrets.token_hex(8))
     broken, preflight = 0, _refuse_too_few
     while True:
         try:
@@ -87,80 +76,11 @@ def _attempt(config: TrainConfig, report: Report, work: Work, preflight: Callabl
 
         preflight(config.cluster)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        mailbox = ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
+        mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         try:
             return _followed(_trainer(config, mailbox, work, folder), mailbox, report, config.cluster)
         except TrainingFailedError as error:
             raise _cause(error, config) from error
-
-
-class _Mailbox:
-    """What rank 0 has said and the driver has not yet read, and whether the driver wants an end."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-        self.stopping = False
-
-    def stop(self) -> None:
-        self.stopping = True
-
-    def stopped(self) -> bool:
-        return self.stopping
-
-    def put(self, row: Row) -> None:
-        self.rows.append(row)
-
-    def take(self) -> list[Row]:
-        rows, self.rows = self.rows, []
-        return rows
-
-
-def _final(error: Exception) -> bool:
-    """Whether the same error would come again."""
-    return not isinstance(error, TRANSIENT) and not type(error).__module__.startswith("ray.")
-
-
-def _loop(config: TrainConfig, report: Report, stop: Stop, *, owner: str) -> Row:
-    from pipeline.train import run
-
-    return run(config, report, stop, owner)
-
-
-def _worker(settings: dict[str, Any]) -> Row:
-    """What every Ray worker runs. An end that was asked for is a result: as an error Ray would start it again."""
-    mailbox = settings["mailbox"]
-    asked, leaving = threading.Event(), threading.Event()
-    threading.Thread(target=_watch_nodes, args=(leaving,), daemon=True).start()
-    if os.environ["RANK"] == "0":
-        threading.Thread(target=_listen, args=(mailbox, asked), daemon=True).start()
-        mailbox.put.remote({"event": f"{_counted(os.environ['WORLD_SIZE'])} at work", "workers": True})
-    try:
-        stop = lambda: asked.is_set() or leaving.is_set()  # noqa: E731
-        return settings["work"](settings["config"], lambda row: mailbox.put.remote(row), stop)
-    except Interrupted as error:
-        return {"interrupted" if asked.is_set() else "preempted": error}
-
-
-def _counted(workers: str) -> str:
-    return "1 worker" if workers == "1" else f"{workers} workers"
-
-
-def _listen(mailbox: Any, asked: threading.Event) -> None:
-    """Ask now and then whether the driver wants an end; a signal does not reach a worker's loop."""
-    import ray
-
-    while not ray.get(mailbox.stopped.remote()):
-        time.sleep(STOP_POLL_SECONDS)
-    asked.set()
-
-
-def _watch_nodes(leaving: threading.Event) -> None:
-    """Ask now and then whether a node of the group is about to go; every rank asks, the answer is one."""
-    from ray.train import get_preemption_info
-
-    while get_preemption_info() is None:
-        time.sleep(PREEMPTION_POLL_SECONDS)
-    leaving.set()
 
 
 def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> TorchTrainer:
@@ -173,14 +93,14 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
         def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
             """Raise a final error (here, in the controller, it stops the run); tell of the others."""
             for rank, error in sorted(worker_exceptions.items()):
-                if _final(error):
+                if final(error):
                     raise error
                 event = f"worker {rank} failed ({type(error).__name__}); all go on from the last checkpoint"
                 mailbox.put.remote({"event": event, "workers": False})
 
     cluster = config.cluster
     return TorchTrainer(
-        _worker,
+        train_worker,
         train_loop_config={"config": config, "mailbox": mailbox, "work": work},
         torch_config=TorchConfig(backend="nccl" if cluster.gpu else "gloo", timeout_s=300),
         scaling_config=ScalingConfig(
@@ -266,7 +186,7 @@ class _Waiting:
         kind, there, fewest = _room(self._cluster)
         if there < fewest:
             cure = "add a node" if self._cluster.min_workers else "add a node, or stop and go on with --elastic"
-            return f"waiting: {_counted(str(fewest))} want a {kind} each and the cluster has {there}; {cure}"
+            return f"waiting: {counted(str(fewest))} want a {kind} each and the cluster has {there}; {cure}"
         return "waiting for Ray to start the workers"
 
 
@@ -288,7 +208,7 @@ def _cause(error: Exception, config: TrainConfig) -> Exception:
     """The one error a person can act on, out of what Ray wraps around it."""
     by_rank = getattr(error, "worker_failures", {})
     failures = [failure for _, failure in sorted(by_rank.items())] or [getattr(error, "controller_failure", error)]
-    own = [failure for failure in failures if isinstance(failure, PipelineError) or _final(failure)]
+    own = [failure for failure in failures if isinstance(failure, PipelineError) or final(failure)]
     if own:
         return own[0]
     # A dead process is the cause; the broken collectives of its neighbours are what it caused.

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.bench_faults import RULES
+from jobs.bench.faults import RULES
 from jobs.stack.processes import free_ports
 from pipeline.errors import RemoteError
 from pipeline.order import Sequential

@@ -6,17 +6,18 @@ on from the last checkpoint, and the steps between are taken again.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
+from jobs.bench.rows import Measurement, Row
 from jobs.presets import preset
 from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
@@ -25,8 +26,6 @@ from pipeline.storage import open_storage
 
 WORKER = "ray::RayTrainWo"
 """How the system names Ray's train workers (15 characters)."""
-
-Row = dict[str, Any]
 
 
 @dataclass
@@ -55,7 +54,16 @@ class Watcher:
         return bool(workers)
 
 
-def measure_kills(images: int, kills: int, workers: int, plot: str = "") -> list[dict[str, Any]]:
+def kills(options: argparse.Namespace) -> Measurement:
+    """Losses, bits and seconds of a run whose workers are killed."""
+
+    def work() -> list[Row]:
+        return measure_kills(options.images, options.kills, options.workers, options.plot)
+
+    return {"headline": f"{options.images} images on {options.workers} Ray workers, {options.kills} killed"}, work
+
+
+def measure_kills(images: int, kills: int, workers: int, plot: str = "") -> list[Row]:
     """A row a kill: where it struck, the first status line afterwards, seconds to it; PipelineError if bits differ."""
     from jobs import cluster
 
@@ -66,7 +74,7 @@ def measure_kills(images: int, kills: int, workers: int, plot: str = "") -> list
             cluster.train(replace(config, name=name), watcher)
         _refuse_other(Path(scratch))
     if plot:
-        from jobs.plots import kills_plot
+        from jobs.bench.plots import kills_plot
 
         kills_plot(Path(plot), calm.rows, struck.rows, [death["at"] for death in struck.deaths])
     return [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,19 @@ from torch import Tensor
 
 from glow import Chain, DenseMixing, Glow, GlowConfig, LUMixing
 from glow.coupling import CouplingKind
+from jobs.bench.rows import Measurement, Row, numbers
 
 SIZE, BATCH, WIDTH = 16, 8, 32
 COUPLINGS: tuple[CouplingKind, ...] = ("additive", "affine")
 FIT_FROM = 96
 """Channels from which a slope is fitted: below, a call costs more than its arithmetic."""
+
+
+def drift(options: argparse.Namespace) -> Measurement:
+    """Round-trip and gradient error of trained stacks."""
+    depths = numbers(options.depths, "--depths")
+    stacks = f"stacks of K = {', '.join(map(str, depths))} after {options.training} steps of Adam"
+    return {"headline": f"{stacks}, CPU, torch {torch.__version__}"}, lambda: list(drift_rows(depths, options.training))
 
 
 def drift_rows(depths: Sequence[int], training: int) -> Iterator[dict[str, Any]]:
@@ -74,6 +84,23 @@ def gradient_of(glow: Glow, every: int, nets: torch.dtype) -> tuple[Tensor, floa
     gradients = [p.grad.flatten() for p in glow.parameters() if p.grad is not None]
     error = glow.inversion_error()
     return torch.cat(gradients).clone(), 0.0 if error is None else float(error)
+
+
+def log_det(options: argparse.Namespace) -> Measurement:
+    """Time of log-determinants, by channels."""
+    channels = numbers(options.channels, "--channels")
+
+    def work() -> list[Row]:
+        torch.set_num_threads(1)
+        rows = log_det_rows(channels, options.rounds)
+        slopes = {name: slope(rows, name) for name in ("dense", "lu")}
+        if options.plot:
+            from jobs.bench.plots import log_det_plot
+
+            log_det_plot(Path(options.plot), rows, slopes)
+        return [*rows, {"channels": f"exponent from {FIT_FROM}", **slopes}]
+
+    return {"headline": f"log|det W| and its gradient, CPU ms, 1 thread, torch {torch.__version__}"}, work
 
 
 def log_det_rows(channels: Sequence[int], rounds: int) -> list[dict[str, Any]]:

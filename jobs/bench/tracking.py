@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
+from jobs.bench.rows import Measurement, Row
 from jobs.stack import faults
 from jobs.stack.processes import Process, belonging, end, free_ports, inherited, listening, spawn
 
@@ -94,7 +94,7 @@ def until(ready: Callable[[], object], seconds: float = START_SECONDS) -> None:
         time.sleep(0.05)
 
 
-def tracking(options: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], list[dict[str, Any]]]]:
+def tracking(options: argparse.Namespace) -> Measurement:
     """What the bench measures, and how."""
     import torch
 
@@ -105,7 +105,7 @@ def tracking(options: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], 
     return {"headline": headline}, lambda: outage_rows(options.rounds, options.steps)
 
 
-def outage_rows(rounds: int, steps: int) -> list[dict[str, Any]]:
+def outage_rows(rounds: int, steps: int) -> list[Row]:
     """Median milliseconds a step of every state, and their ratio to a server that is up, round by round."""
     with tempfile.TemporaryDirectory(prefix="glow-bench-") as scratch, mlflow_server(Path(scratch)) as backend:
         proxies = Outages(Path(scratch), backend)
@@ -119,7 +119,7 @@ def outage_rows(rounds: int, steps: int) -> list[dict[str, Any]]:
             proxies.close()
 
 
-def _rows(rounds: list[dict[str, tuple[float, float]]]) -> list[dict[str, Any]]:
+def _rows(rounds: list[dict[str, tuple[float, float]]]) -> list[Row]:
     """(wall, CPU) seconds a step of every state and round -> rows; the first round does not count."""
     first, *rounds = rounds
     return [

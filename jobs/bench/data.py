@@ -29,6 +29,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from jobs.bench.rows import Measurement, Row
 from pipeline.in_place import survey
 from pipeline.manifest import Manifest, open_manifest, write_manifest
 from pipeline.order import Order
@@ -41,8 +42,6 @@ from pipeline.toy import write_toy
 
 CACHE_BYTES, EPOCHS = 1 << 40, 3
 LOSSY: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 90}, "webp": {"format": "WEBP", "quality": 90}}
-Row = dict[str, Any]
-Measurement = tuple[dict[str, Any], Callable[[], list[Row]]]
 
 
 @dataclass(frozen=True, kw_only=True)

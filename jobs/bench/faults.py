@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from jobs.bench_data import Measurement, Row, faces, opened_stream, versions
+from jobs.bench.data import faces, opened_stream, versions
+from jobs.bench.rows import Measurement, Row
 from jobs.stack.processes import free_ports
 from pipeline.errors import PipelineError, UsageError
 from pipeline.manifest import Manifest
@@ -88,7 +89,7 @@ def proxied() -> Iterator[Callable[[Sequence[Row]], None]]:
     backend, port = os.environ.get("AWS_ENDPOINT_URL", ""), free_ports(1)[0]
     if not backend:
         raise UsageError("no S3 server to stand in front of", cure="set AWS_ENDPOINT_URL (the stack's env file does)")
-    address, program = f"http://127.0.0.1:{port}", Path(__file__).parent / "stack" / "faults.py"
+    address, program = f"http://127.0.0.1:{port}", Path(__file__).parents[1] / "stack" / "faults.py"
     process = subprocess.Popen([sys.executable, str(program), str(port), backend], stdout=subprocess.PIPE)
 
     def order(rules: Sequence[Row]) -> None:

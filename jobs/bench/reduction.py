@@ -6,6 +6,7 @@ A step is forward and backward of every leaf, the sum over workers, Adam and the
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 import tempfile
@@ -13,11 +14,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from glow import Glow, GlowConfig, bits_per_dim
+from jobs.bench.rows import Measurement, Row
 from pipeline.config import OptimConfig
 from pipeline.gradients import Gradients
 from pipeline.optim import Ema, make_optimizer
@@ -39,7 +41,23 @@ class Batching:
     rounds: int
 
 
-def measure_reductions(config: GlowConfig, batching: Batching) -> list[dict[str, Any]]:
+def reduction(options: argparse.Namespace) -> Measurement:
+    """Time of a step of learning, tree beside overlap."""
+    if options.batch % options.leaf or options.workers > options.batch // options.leaf:
+        raise ValueError("--leaf divides --batch, and there are at most so many --workers as leaves")
+    names = ("size", "levels", "steps", "width", "coupling")
+    config = GlowConfig(channels=3, classes=-1, attributes=-1, **{name: getattr(options, name) for name in names})
+
+    def work() -> list[Row]:
+        shares = {name: getattr(options, name) for name in ("batch", "leaf", "workers", "rounds")}
+        return measure_reductions(config, Batching(**shares))
+
+    model = f"{config.size} px, L{config.levels} K{config.steps} width {config.width} {config.coupling}"
+    share = f"batch {options.batch} in leaves of {options.leaf} on {options.workers} workers"
+    return {"headline": f"{model}, {share}, CPU, 1 thread each, torch {torch.__version__}"}, work
+
+
+def measure_reductions(config: GlowConfig, batching: Batching) -> list[Row]:
     """A row a reduction: medians over rounds, and of the ratios to `overlap` round by round."""
     context = multiprocessing.get_context("spawn")
     with (
