@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pwd
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -20,22 +18,12 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from jobs.stack import ceph
-from jobs.stack.processes import Process, as_user, fate, inherited, listening, spawn
+from jobs.stack import ceph, postgres
+from jobs.stack.processes import Process, fate, listening, spawn
 from jobs.stack.state import RAY_PORTS, Stack, write_private
 from pipeline.errors import ConfigError, PipelineError, RemoteError
 
 START_SECONDS = 180
-POSTGRES_INSTALL = "apt-get install -y --no-install-recommends postgresql"
-
-POSTGRES_SETTINGS = {
-    "listen_addresses": "127.0.0.1",
-    "unix_socket_directories": "",
-    "dynamic_shared_memory_type": "mmap",  # files of its folder, gone with it
-    "shared_buffers": "32MB",
-    "max_connections": "50",
-    "fsync": "off",  # what is lost with the machine is a stack for trying things
-}
 
 
 def refuse_missing(stack: Stack) -> None:
@@ -46,7 +34,7 @@ def refuse_missing(stack: Stack) -> None:
         _refuse_silent(stack.state.options.s3)
     else:
         ceph.refuse_missing()
-    _postgres_program("initdb")
+    postgres.program("initdb")
     if any(importlib.util.find_spec(module) is None for module in ("psycopg2", "flask_wtf")):
         raise ConfigError("MLflow's server lacks its database driver or its logins",
                           cure="pip install 'glow-pipeline[stack]'  (here: pip install -e '.[stack]')")  # fmt: skip
@@ -81,23 +69,16 @@ def start_faults(stack: Stack) -> None:
 
 def start_postgres(stack: Stack) -> None:
     """PostgreSQL with MLflow's two databases; on the data there is, or on new."""
-    data, user = stack.scratch / "postgres", _postgres_user()
-    if not (data / "PG_VERSION").exists():
-        _initialise(stack, data, user)
-    settings = {**POSTGRES_SETTINGS, "port": str(stack.state.ports["postgres"])}
-    command = [_postgres_program("postgres"), "-D", data]
-    command += [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-    _until_well(stack, "postgres", _spawn(stack, "postgres", command, {}, user=user))
+    data, port, password = stack.scratch / "postgres", stack.state.ports["postgres"], _password(stack)
+    postgres.initialise(data, password)
+    _until_well(stack, "postgres", _spawn(stack, "postgres", postgres.server(data, port), {}, user=postgres.owner()))
     for database in ("mlflow", "mlflow_auth"):
-        create = [_postgres_program("createdb"), "-h", "127.0.0.1", "-p", settings["port"], "-U", "glow", database]
-        done = subprocess.run(create, capture_output=True, env={**inherited(), "PGPASSWORD": _password(stack)})
-        if done.returncode and b"already exists" not in done.stderr:
-            raise PipelineError(f"createdb: {done.stderr.decode(errors='replace')}", where=str(stack.logs))
+        postgres.create(database, port, password)
 
 
 def start_mlflow(stack: Stack) -> None:
     """MLflow on PostgreSQL and S3: artifacts go through it, and everyone logs in."""
-    port, base = stack.state.ports["mlflow"], f"postgresql+psycopg2://glow:{_password(stack)}@127.0.0.1"
+    port, base = stack.state.ports["mlflow"], f"postgresql+psycopg2://{postgres.USER}:{_password(stack)}@127.0.0.1"
     database = f"{base}:{stack.state.ports['postgres']}"
     settings = stack.folder / "mlflow-auth.ini"
     # To check a password costs 0.1 s of CPU: without the cache that is what most requests would do.
@@ -187,9 +168,8 @@ def well(stack: Stack, service: str) -> bool:
         return ceph.answers(stack.url("s3"))
     if service == "faults":
         return listening(ports["faults"])
-    if service == "postgres":  # after a crash it listens long before it takes anybody
-        ask = [_postgres_program("pg_isready"), "--quiet", "--host=127.0.0.1", f"--port={ports['postgres']}"]
-        return subprocess.run(ask, env=inherited()).returncode == 0
+    if service == "postgres":
+        return postgres.answers(ports["postgres"])
     if service == "mlflow":
         return _status(stack.url("mlflow") + "/health") == 200
     if service == "ray-head":
@@ -273,45 +253,5 @@ def _status(url: str, headers: dict[str, str] | None = None) -> int:
         return 0
 
 
-def _initialise(stack: Stack, data: Path, user: str) -> None:
-    password, owner = stack.scratch / "password", pwd.getpwnam(user) if user else None
-    write_private(password, _password(stack))
-    data.mkdir(mode=0o700, exist_ok=True)
-    if owner:
-        for path in (password, data):
-            os.chown(path, owner.pw_uid, owner.pw_gid)
-    command = [
-        _postgres_program("initdb"), "-D", data, "-U", "glow", "--auth=scram-sha-256", f"--pwfile={password}",
-        "--encoding=UTF8", "--locale=C", "--no-sync",
-    ]  # fmt: skip
-    try:
-        done = subprocess.run(command, capture_output=True, env=inherited(), cwd="/", **as_user(user))
-    finally:
-        password.unlink()
-    if done.returncode:
-        raise PipelineError(f"initdb: {done.stderr.decode(errors='replace')[-300:]}", where=str(data))
-
-
 def _password(stack: Stack) -> str:
     return stack.credentials["postgres_password"]
-
-
-def _postgres_program(name: str) -> Path:
-    """One of PostgreSQL's programs, of the newest version installed; Debian keeps them out of the PATH."""
-    versions = [path for path in Path("/usr/lib/postgresql").glob("*/bin") if path.parent.name.isdigit()]
-    folders = sorted(versions, key=lambda path: -int(path.parent.name))
-    for folder in folders:
-        if (folder / name).exists():
-            return folder / name
-    found = shutil.which(name)
-    if found is None:
-        raise ConfigError("no PostgreSQL server on this machine", cure=POSTGRES_INSTALL)
-    return Path(found)
-
-
-def _postgres_user() -> str:
-    """Whom the database runs as: it refuses root."""
-    if os.geteuid() != 0:
-        return ""
-    names = {entry.pw_name for entry in pwd.getpwall()}
-    return "postgres" if "postgres" in names else "nobody"
