@@ -36,7 +36,7 @@ SHOWN = (
     ("train/lr",              "lr {:.1e}"),
     ("perf/data_wait_pct",    "wait {:.1f} %"),
     ("perf/mfu",              "MFU {:.1%}"),
-    ("memory/peak_gb",        "memory {:.2f} GB"),
+    ("perf/peak_gb",          "memory {:.2f} GB"),
     ("train/inversion_error", "inversion {:.0e}"),
     ("memory/tightened",      "anchors tightened {:.0f} times"),
     ("ft/checkpoint",         "checkpoint at {:.0f}"),

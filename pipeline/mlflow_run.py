@@ -181,9 +181,15 @@ def database_folder(uri: str) -> Path | None:
 
 def find_run(client: MlflowClient, config: TrackingConfig, name: str, key: str) -> str:
     """Id of the MLflow run that carries `key`, created if there is none."""
+    return found_or_made(client, config, name, key)[0]
+
+
+def found_or_made(client: MlflowClient, config: TrackingConfig, name: str, key: str) -> tuple[str, bool]:
+    """(id of the MLflow run that carries `key`, whether it was made for this call: others may have made theirs)."""
     experiment = _experiment(client, config)
-    found = client.search_runs([experiment], f"tags.`glow.run` = '{key}'")
-    return (found[0] if found else client.create_run(experiment, run_name=name, tags={"glow.run": key})).info.run_id
+    if found := client.search_runs([experiment], f"tags.`glow.run` = '{key}'"):
+        return found[0].info.run_id, False
+    return client.create_run(experiment, run_name=name, tags={"glow.run": key}).info.run_id, True
 
 
 def _experiment(client: MlflowClient, config: TrackingConfig) -> str:

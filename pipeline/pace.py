@@ -45,7 +45,7 @@ class Pace:
         speed, wait = (images - self._images) / spent, 100 * self._waited / spent
         self._images, self._since, self._waited = images, time.monotonic(), 0.0
         figures = {"perf/images_per_s": speed, "perf/data_wait_pct": wait}
-        figures["memory/peak_gb"] = peak_bytes(self._device) / 1e9
+        figures["perf/peak_gb"] = peak_bytes(self._device) / 1e9
         if speed:
             figures["perf/eta_s"] = max(0, self._total - images) / speed
         return figures | ({"perf/mfu": speed / self._full_speed} if self._full_speed else {})

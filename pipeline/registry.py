@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError, DataError, UsageError
 from pipeline.ledger import Ledger
-from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, find_run, translated
+from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, found_or_made, translated
 from pipeline.model import LoadedModel, read_model
 from pipeline.pyfunc import FOLDER, refuse_foreign, save_pyfunc
 from pipeline.storage import Storage, open_storage
@@ -83,7 +83,11 @@ class ModelRegistry:
         return first
 
     def register_run(self, name: str, run: Storage, tracking: TrackingConfig) -> int:
-        """Register RUN/model under the run's MLflow run, with its lineage as tags."""
+        """Register RUN/model under the run's MLflow run, with its lineage as tags.
+
+        MLflow numbers versions one by one but makes runs side by side: of several who made one for a run it did not
+        know, those whose version did not stay remove theirs.
+        """
         tracking = replace(tracking, uri=self.uri)
         folder = run.sub("model")
         lineage = json.loads(folder.read("lineage.json"))
@@ -91,10 +95,13 @@ class ModelRegistry:
         known = lineage | data | {RUN_TAG: run.url}
         tags = {key: str(value) for key, value in known.items() if value != "" and key != "recipe"}
         with translated(self.uri), tempfile.TemporaryDirectory() as scratch:
-            run_id = find_run(self.client, tracking, lineage["name"], run_key(run))
+            run_id, made = found_or_made(self.client, tracking, lineage["name"], run_key(run))
             for file in folder.list():
                 folder.download(file, Path(scratch) / file)
-            return self.register(name, Path(scratch), run_id, tags)
+            version = self.register(name, Path(scratch), run_id, tags)
+            if made and self._version(name, version).run_id != run_id:
+                self.client.delete_run(run_id)
+            return version
 
     def load(self, name: str, version: int, digest: str = "") -> LoadedModel:
         """Load a version with the digest it was registered with (or `digest`) and nothing foreign around it."""

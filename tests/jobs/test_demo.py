@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,8 +19,10 @@ from PIL import Image
 
 from jobs.showcase import artifact_in, artifact_of
 from pipeline.photos import photographs, write_crops
+from pipeline.registry import load_model
 from tests.jobs.runs import followed, jobs, started
 from tests.mlflow_db import MLFLOW_NOISE
+from tests.pipeline.test_model import LOADER, ROOT, seen
 
 STAGES = 6
 pytestmark = MLFLOW_NOISE
@@ -191,3 +195,29 @@ def test_the_real_demo_survives_kills_too(tmp_path: Path) -> None:
     code, output = followed([*words, str(tmp_path / "b")])
     assert code == 0, output
     assert artifact(output) == artifact(unbroken)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+def test_the_champion_loads_by_path_in_a_fresh_environment_without_ray_and_mlflow(tmp_path: Path) -> None:
+    """toy32's champion, its golden grid to the bit, with what the README says to install for it and nothing else."""
+    code, output = followed(jobs("demo", "toy32", "--folder", str(tmp_path / "demo")))
+    assert code == 0, output
+    champion = load_model("models:/toy32@champion", f"sqlite:///{tmp_path}/demo/mlflow.db")
+    (held,) = [path.parent for path in (tmp_path / "demo" / "artifacts").rglob("model.json")]
+    model = shutil.copytree(held, tmp_path / "elsewhere" / "model")
+    source = shutil.copytree(ROOT, tmp_path / "code", ignore=shutil.ignore_patterns(".*", "build", "demo*", "*.egg-info"))
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    for line in re.findall(r"^pip (install .*)$", (Path(ROOT) / "README.md").read_text(), re.MULTILINE):
+        words = [python, "-m", "pip", *line.split(), "--quiet", "--constraint", "constraints.txt"]
+        subprocess.run(words, check=True, cwd=source)
+    listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
+    assert "glow-pipeline" in listed
+    assert not re.search(r"^(ray|mlflow|nvidia\S*) ", listed, re.MULTILINE)
+    bare = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    loading = [python, "-c", LOADER, str(model)]
+    done = subprocess.run(loading, capture_output=True, text=True, env=bare, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == seen(champion)
+    print(listed, done.stdout)

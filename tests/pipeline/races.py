@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.queues import Queue
@@ -68,7 +69,7 @@ def race_of(registry: ModelRegistry, folder: Path, racers: int, rounds: int, nam
     # A version that is champion already is not promoted again: rounds take turns.
     versions = [1 + number % 2 for number in range(rounds)]
     context = processes()
-    start, said = context.Barrier(racers), context.Queue()
+    start, said, began = context.Barrier(racers), context.Queue(), time.monotonic()
     words = (dict(os.environ), registry.uri, name, versions, start, said)
     racing = [context.Process(target=race, args=words) for _ in range(racers)]
     for process in racing:
@@ -82,6 +83,9 @@ def race_of(registry: ModelRegistry, folder: Path, racers: int, rounds: int, nam
         words = sorted(word for each, word in found if each == number)
         assert words == sorted([f"won {entry.attempt}", *[f"{entry} came first"] * (racers - 1)])
     assert registry.resolve(name, "champion") == versions[-1]
+    won = sum(word.startswith("won") for _, word in found)
+    print(f"{racers} promoters, {rounds} rounds: {won} winners, {len(entries)} entries,", end=" ")
+    print(f"{time.monotonic() - began:.0f} s")
 
 
 def promote_until(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import hashlib
 import json
 import os
 import re
@@ -191,7 +191,7 @@ def test_changed_weights_are_noticed_by_the_golden_pixels(folder: Path) -> None:
 
 
 LOADER = """
-import sys
+import hashlib, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -206,7 +206,7 @@ loaded = load_model(sys.argv[1])
 check = verify_model(loaded)
 assert check.levels == 0, check
 pixels = loaded.sample(range(3), 0.7, "+Smiling")
-print(loaded.digest, int(pixels.long().sum()), pixels.dtype)
+print(loaded.digest, hashlib.sha256(pixels.numpy().tobytes()).hexdigest())
 assert not BLOCKED & set(sys.modules), BLOCKED & set(sys.modules)
 """
 
@@ -215,24 +215,10 @@ def test_a_model_loads_by_path_where_neither_ray_nor_mlflow_is_installed(folder:
     command = [sys.executable, "-c", LOADER, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": ROOT})
     assert done.returncode == 0, done.stderr
-    loaded = load(folder)
-    total = int(loaded.sample(range(3), 0.7, "+Smiling").long().sum())
-    assert done.stdout.split() == [loaded.digest, str(total), "torch.uint8"]
+    assert done.stdout.split() == seen(load(folder))
 
 
-@pytest.mark.nightly
-def test_a_model_loads_by_path_in_an_environment_with_torch_alone(folder: Path, tmp_path: Path) -> None:
-    """A venv with what loading needs and nothing else, from the package registry."""
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    python = str(tmp_path / "venv" / "bin" / "python")
-    needs = [f"{name}=={importlib.metadata.version(name)}" for name in NEEDED]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *needs], check=True)
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "OMP_NUM_THREADS": "1"}
-    command = [python, "-c", LOADER, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[0] == load(folder).digest
-
-
-NEEDED = ("torch", "numpy", "safetensors", "pillow", "pydantic", "tomli-w")
-"""What `load_model` of a path imports."""
+def seen(loaded: LoadedModel) -> list[str]:
+    """What LOADER says of a model: its digest, and that of the pixels of three seeds."""
+    pixels = loaded.sample(range(3), 0.7, "+Smiling")
+    return [loaded.digest, hashlib.sha256(pixels.numpy().tobytes()).hexdigest()]

@@ -79,7 +79,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @pytest.mark.timeout(900)
-def test_an_mlflow_that_comes_and_goes_is_never_waited_for_and_misses_nothing(server: Server, tmp_path: Path) -> None:
+def test_an_mlflow_that_comes_and_goes_is_never_waited_for_and_misses_nothing(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")  # a hung server is given up three times before it is said
     run, config = open_storage(str(tmp_path / "run")), TrackingConfig(uri=server.uri)
     logged = 0
 

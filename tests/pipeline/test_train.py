@@ -142,7 +142,7 @@ def test_what_a_run_says_of_itself(config: TrainConfig) -> None:
     figures = run(replace(config, tracking=TrackingConfig(profile=2)))
     assert figures["ft/checkpoint"] in (IMAGES - 64, IMAGES - 32), "the last but one may still be under way"
     assert figures["ft/restarts"] == 0
-    assert 0.05 < figures["memory/peak_gb"] < 100
+    assert 0.05 < figures["perf/peak_gb"] < 100
     assert 0 <= figures["perf/data_wait_pct"] <= 100
     assert "perf/mfu" not in figures
     folder = Path(config.storage) / "tiny"
