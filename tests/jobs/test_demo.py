@@ -206,7 +206,8 @@ def test_the_champion_loads_by_path_in_a_fresh_environment_without_ray_and_mlflo
     champion = load_model("models:/toy32@champion", f"sqlite:///{tmp_path}/demo/mlflow.db")
     (held,) = [path.parent for path in (tmp_path / "demo" / "artifacts").rglob("model.json")]
     model = shutil.copytree(held, tmp_path / "elsewhere" / "model")
-    source = shutil.copytree(ROOT, tmp_path / "code", ignore=shutil.ignore_patterns(".*", "build", "demo*", "*.egg-info"))
+    left_out = shutil.ignore_patterns(".*", "build", "demo*", "*.egg-info")
+    source = shutil.copytree(ROOT, tmp_path / "code", ignore=left_out)
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = str(tmp_path / "venv" / "bin" / "python")
     for line in re.findall(r"^pip (install .*)$", (Path(ROOT) / "README.md").read_text(), re.MULTILINE):
