@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import http.client
 import io
 import logging
 import os
+import queue
 import re
 import shutil
 import tempfile
@@ -30,6 +32,9 @@ if TYPE_CHECKING:
 
 SMALL = "+compressed.webp"
 """How the name of a picture's thumbnail ends in MLflow's image grid; it is sent after the picture."""
+
+PATIENCE = 5.0
+"""Seconds an MLflow may take to say that it is there, before a run is begun."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,16 +231,32 @@ def _watching() -> bool:
 
 
 def refuse_silent(uri: str) -> None:
-    """RemoteError if no MLflow answers at an http address; what it thinks of our password is told when it is used."""
+    """RemoteError if no MLflow answers at an http address; what it thinks of our password is told when it is used.
+
+    A limit on all of it: a name server and one who answers byte by byte have patience of their own.
+    """
     if not uri.startswith("http"):
         return
+    said: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=lambda: said.put(_fault(uri)), daemon=True).start()
     try:
-        urllib.request.urlopen(redact(uri).rstrip("/") + "/health", timeout=5).close()
-    except (OSError, ValueError) as error:
-        if isinstance(error, urllib.error.HTTPError) and error.code < 500:
-            return
+        fault = said.get(timeout=PATIENCE)
+    except queue.Empty:
+        fault = f"nothing within {PATIENCE:.0f} s"
+    if fault:
         cure = "start it, or go on with --offline: what it missed is sent by the next run or command that reaches it"
-        raise RemoteError(f"MLflow does not answer ({type(error).__name__})", where=redact(uri), cure=cure) from error
+        raise RemoteError(f"MLflow does not answer ({fault})", where=redact(uri), cure=cure)
+
+
+def _fault(uri: str) -> str:
+    """What is wrong with whoever should answer, in a word; nothing where it answers."""
+    try:
+        urllib.request.urlopen(redact(uri).rstrip("/") + "/health", timeout=PATIENCE).close()
+    except urllib.error.HTTPError as error:
+        return f"status {error.code}" if error.code >= 500 else ""
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return type(getattr(error, "reason", error)).__name__
+    return ""
 
 
 PLAIN = (

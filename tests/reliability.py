@@ -93,7 +93,7 @@ PROMISES = (
              "pipeline/test_damage.py::test_shards_that_changed_places_are_found")),
     Promise("R12", "MLflow down at the start, in the middle, for good",
             "exit 7 within 10 s, or `--offline`; training never waits; what was missed arrives in order, once",
-            ("pipeline/test_outages.py::test_a_dead_or_silent_mlflow_at_the_start_is_exit_7_unless_offline",
+            ("pipeline/test_outages.py::test_an_mlflow_that_is_dead_at_the_start_is_exit_7_unless_offline",
              "pipeline/test_outages.py::test_an_mlflow_that_comes_and_goes_is_never_waited_for_and_misses_nothing",
              "pipeline/test_tracking.py::test_closing_is_bounded_and_says_what_was_not_sent",
              "pipeline/test_tracking_stack.py::test_all_points_arrive_once_and_in_order_at_an_mlflow_that_refuses_us_and_hangs",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import socketserver
 import sys
+import threading
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +20,7 @@ from jobs import train
 from jobs.stack import faults
 from jobs.stack.processes import Process, belonging, end, free_ports, inherited, listening, spawn
 from pipeline.config import TrackingConfig
-from pipeline.errors import RemoteError
+from pipeline.errors import DataError, RemoteError
 from pipeline.storage import open_storage
 from pipeline.tracking import Tracker
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
@@ -123,15 +127,40 @@ def test_an_mlflow_that_comes_and_goes_is_never_waited_for_and_misses_nothing(
     assert len(list((tmp_path / "served").rglob("*.png"))) == 4
 
 
-def test_a_dead_or_silent_mlflow_at_the_start_is_exit_7_unless_offline(tmp_path: Path) -> None:
-    import socket
+class Never(socketserver.BaseRequestHandler):
+    """Says a byte a second and never comes to an end."""
 
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        for port in (9, silent.getsockname()[1]):
-            words = ["toy32", "--data.prefix", str(tmp_path / "none"), "--tracking.uri", f"http://127.0.0.1:{port}"]
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            for _ in range(60):
+                self.request.sendall(b"H")
+                time.sleep(1)
+
+
+class Other(socketserver.BaseRequestHandler):
+    """No HTTP server."""
+
+    def handle(self) -> None:
+        self.request.sendall(b"220 welcome\r\n")
+
+
+def test_an_mlflow_that_is_dead_at_the_start_is_exit_7_unless_offline(tmp_path: Path) -> None:
+    """Nobody there, one who never has done with answering, and somebody else."""
+    words = ["toy32", "--data.prefix", str(tmp_path / "none"), "--tracking.uri"]
+    with contextlib.ExitStack() as left:
+        ports = [9]
+        for kind in (Never, Other):
+            server = left.enter_context(socketserver.ThreadingTCPServer(("127.0.0.1", 0), kind))
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            left.callback(server.shutdown)
+            ports.append(server.server_address[1])
+        for port in ports:
+            start = time.monotonic()
             with pytest.raises(RemoteError, match="MLflow does not answer") as caught:
-                train.main(words)
+                train.main([*words, f"http://127.0.0.1:{port}"])
+            assert time.monotonic() - start < 5 * 5
             assert caught.value.exit_code == 7
             assert "--offline" in caught.value.cure
-    with pytest.raises(Exception, match="no dataset here"):
-        train.main([*words, "--offline"])
+    with pytest.raises(DataError, match="no dataset here"):
+        train.main([*words, "http://127.0.0.1:9", "--offline"])
