@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import tyro
 
 from jobs.progress import progress
 from pipeline.errors import DataError, UsageError
+from pipeline.scratch import scratch
 from pipeline.storage import open_storage
 from pipeline.workers import cores, ordered_map
 
@@ -131,8 +131,8 @@ def prepare(
         convert=convert,
         encoding=encoding,
     )
-    with tempfile.TemporaryDirectory(prefix="glow-prepare-") as scratch, working(workers, address) as mapped:
-        found = open_source(source, kind, Path(scratch)).licensed(licence)
+    with scratch() as folder, working(workers, address) as mapped:
+        found = open_source(source, kind, folder).licensed(licence)
         return _pack(found, options, open_storage(dest), mapped, restart=restart, dry_run=dry_run)
 
 
@@ -264,8 +264,8 @@ def _draw_sheet(manifest: Manifest, split: str, images: int, path: Path) -> None
     for shard in manifest.split(split).shards:
         if len(pixels) >= images:
             break
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(folder, "shard.tar")
+        with scratch() as folder:
+            local = folder / "shard.tar"
             manifest.storage.download(shard.file, local)
             with open_shard(local, shard.samples, manifest.storage.where(shard.file), manifest.foreign) as index:
                 rows, form = range(min(len(index), images - len(pixels))), manifest.image.encoding

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from pipeline.order import Sequential
 from pipeline.recipe import recipe_of
 from pipeline.report import kept_review
 from pipeline.sampling import Condition, one_thread
+from pipeline.scratch import scratch
 from pipeline.storage import MissingError, Storage, sha256_hex
 from pipeline.stream import Stream
 from pipeline.world import World
@@ -65,9 +65,9 @@ def read_run(run: Storage) -> TrainedRun:
         raise UsageError(
             "not a run: no config.toml", where=run.url, cure="give a run's folder: STORAGE/NAME"
         ) from error
-    with tempfile.TemporaryDirectory() as scratch:
-        (Path(scratch) / "config.toml").write_bytes(text)
-        config = read_config(Path(scratch) / "config.toml")
+    with scratch() as folder:
+        (folder / "config.toml").write_bytes(text)
+        config = read_config(folder / "config.toml")
     digest = config.data.digest
     loaded = load_latest(run, World(), accepting(fingerprint(config, digest), decisive(config, digest)))
     if loaded is None:

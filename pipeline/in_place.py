@@ -7,7 +7,6 @@ size, one mode, one format.
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from pipeline.errors import DataError
 from pipeline.manifest import IN_PLACE, Counts, Image, Origin, Root, Shard
 from pipeline.pictures import inspect
 from pipeline.prepare import tool
+from pipeline.scratch import scratch
 from pipeline.shards import decode
 from pipeline.sources.item import FREE, Item
 from pipeline.sources.tables import split_name
@@ -75,8 +75,8 @@ def survey(
 
 def _read(storage: Storage, key: str) -> Survey:
     """Fetch one shard and read all of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, Path(key).name)
+    with scratch() as folder:
+        path = folder / Path(key).name
         storage.download(key, path)
         form, labels, rows = None, Counter(), []
         for item, row in samples(path.parent, path, storage.where(key)):

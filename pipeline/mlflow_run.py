@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConflictError, RemoteError, UsageError
+from pipeline.scratch import scratch
 from pipeline.spool import Row
 from pipeline.storage import canonical_json
 
@@ -90,8 +91,8 @@ class MlflowRun:
         if place in self._shown:
             return
         name = f"{place}+timestamp+{event['time']}+{uuid.uuid5(uuid.NAMESPACE_URL, place)}"
-        with tempfile.TemporaryDirectory() as scratch:
-            whole, small = Path(scratch) / f"{name}.png", Path(scratch) / f"{name}{SMALL}"
+        with scratch() as local:
+            whole, small = local / f"{name}.png", local / f"{name}{SMALL}"
             whole.write_bytes(png)
             compress_image_size(Image.open(io.BytesIO(png))).save(small)
             for file in (whole, small):
@@ -101,9 +102,9 @@ class MlflowRun:
     def upload(self, key: str, data: bytes) -> None:
         """Copy a file of the run folder to the run's artifacts, replacing what is there."""
         folder, name = os.path.split(key)
-        with tempfile.TemporaryDirectory() as scratch:
-            (Path(scratch) / name).write_bytes(data)
-            self.client.log_artifact(self.run_id, str(Path(scratch) / name), folder or None)
+        with scratch() as local:
+            (local / name).write_bytes(data)
+            self.client.log_artifact(self.run_id, str(local / name), folder or None)
 
     def terminate(self, status: str) -> None:
         """End the run and its system metrics."""

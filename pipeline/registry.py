@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import secrets
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.ledger import Ledger
 from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, found_or_made, translated
 from pipeline.model import LoadedModel, read_model
 from pipeline.pyfunc import FOLDER, refuse_foreign, save_pyfunc
+from pipeline.scratch import scratch
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import run_key
 
@@ -94,11 +94,11 @@ class ModelRegistry:
         data = {f"data.{key}": value for key, value in lineage.pop("data").items()}
         known = lineage | data | {RUN_TAG: run.url}
         tags = {key: str(value) for key, value in known.items() if value != "" and key != "recipe"}
-        with translated(self.uri), tempfile.TemporaryDirectory() as scratch:
+        with translated(self.uri), scratch() as local:
             run_id, made = found_or_made(self.client, tracking, lineage["name"], run_key(run))
             for file in folder.list():
-                folder.download(file, Path(scratch) / file)
-            version = self.register(name, Path(scratch), run_id, tags)
+                folder.download(file, local / file)
+            version = self.register(name, local, run_id, tags)
             if made and self._version(name, version).run_id != run_id:
                 self.client.delete_run(run_id)
             return version
@@ -107,13 +107,13 @@ class ModelRegistry:
         """Load a version with the digest it was registered with (or `digest`) and nothing foreign around it."""
         import mlflow.artifacts
 
-        with translated(self.uri), tempfile.TemporaryDirectory() as scratch:
+        with translated(self.uri), scratch() as local:
             digest = digest or self._version(name, version).tags.get(DIGEST_TAG, "")
             if not digest:
                 where, cure = f"models:/{name}/{version}", "register it with: python -m jobs models register RUN"
                 raise DataError("the version has no digest", where=where, cure=cure)
             where = self.client.get_model_version_download_uri(name, str(version))
-            path = mlflow.artifacts.download_artifacts(where, dst_path=scratch, tracking_uri=self.uri)
+            path = mlflow.artifacts.download_artifacts(where, dst_path=str(local), tracking_uri=self.uri)
             refuse_foreign(Path(path))
             return read_model(open_storage(path).sub(f"data/{FOLDER}"), digest)
 
@@ -188,10 +188,10 @@ class ModelRegistry:
 
     def _upload(self, loaded: LoadedModel, folder: Path, run_id: str) -> str:
         """Put the pyfunc artifact under a run and return its address."""
-        with tempfile.TemporaryDirectory() as scratch:
-            data = Path(scratch) / FOLDER
+        with scratch() as local:
+            data = local / FOLDER
             data.symlink_to(folder.absolute(), target_is_directory=True)
-            save_pyfunc(loaded, data, Path(scratch) / "pyfunc")
+            save_pyfunc(loaded, data, local / "pyfunc")
             place = f"models/{loaded.digest[:16]}-{secrets.token_hex(4)}"  # never written by two
-            self.client.log_artifacts(run_id, str(Path(scratch) / "pyfunc"), place)
+            self.client.log_artifacts(run_id, str(local / "pyfunc"), place)
         return f"{self.client.get_run(run_id).info.artifact_uri}/{place}"

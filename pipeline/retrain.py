@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import tempfile
 from dataclasses import replace
 
 from pipeline.config import EvaluateConfig, TrainConfig
@@ -12,6 +11,7 @@ from pipeline.export import export_model, read_run
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.model import LoadedModel, read_model
 from pipeline.recipe import config_again
+from pipeline.scratch import scratch
 from pipeline.storage import open_storage
 from pipeline.train import Report, run
 
@@ -24,12 +24,12 @@ def retrained(loaded: LoadedModel, data: str = "", report: Report = lambda row: 
     """
     config = config_again(loaded.lineage, loaded.where)
     manifest = _dataset(loaded, data)
-    with tempfile.TemporaryDirectory(prefix="glow-retrain-") as scratch:
-        own = replace(config.data, prefix=manifest.storage.url, digest=manifest.digest, cache=f"{scratch}/cache")
+    with scratch() as place:
+        own = replace(config.data, prefix=manifest.storage.url, digest=manifest.digest, cache=str(place / "cache"))
         looks = EvaluateConfig(every=config.schedule.images, images=1, temperatures=(), rows=1)
-        config = replace(config, storage=scratch, data=own, evaluate=looks)
+        config = replace(config, storage=str(place), data=own, evaluate=looks)
         _train(config, loaded.lineage["images"], report)
-        folder = open_storage(scratch).sub(config.name)
+        folder = open_storage(str(place)).sub(config.name)
         export_model(read_run(folder), manifest)
         again = read_model(folder.sub("model"))
     _refuse_other(loaded, again)

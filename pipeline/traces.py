@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from pipeline.scratch import scratch
 from pipeline.storage import Storage
 from pipeline.tracking import Tracker
 from pipeline.world import World
@@ -31,8 +30,8 @@ def traced(
 
     def write(found: profile) -> None:
         name = f"traces/step-{step():08d}"
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / "trace.json"
+        with scratch() as folder:
+            path = folder / "trace.json"
             found.export_chrome_trace(str(path))
             run.upload(path, f"{name}.json")
         run.write(f"{name}.txt", found.key_averages().table(sort_by=longest, row_limit=ROWS).encode())

@@ -18,14 +18,13 @@ Exactly once, whatever is killed and whenever:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import secrets
-import shutil
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import TrackingConfig, TrainConfig
 from pipeline.errors import ConflictError
 from pipeline.mlflow_run import Description, MlflowRun, redact
+from pipeline.scratch import scratch
 from pipeline.spool import SPOOL_BYTES, Cursor, Row, Spool, last_positions
 from pipeline.storage import Storage, canonical_json
 
@@ -75,8 +75,8 @@ class Tracker:
         self._full: set[Path] = set()
         if not self._active:
             return
-        self._scratch = None if run.local else Path(tempfile.mkdtemp(prefix="glow-spool-"))
-        folder = run.local or _fetched(run, self._scratch)
+        self._left = contextlib.ExitStack()
+        folder = run.local or _fetched(run, self._left.enter_context(scratch()))
         folder.mkdir(parents=True, exist_ok=True)
         self._metrics, self._events = Spool(folder / "metrics.jsonl", room), Spool(folder / "events.jsonl", room)
         self._recorded = last_positions(self._metrics.rows())
@@ -122,7 +122,7 @@ class Tracker:
 
     def sync(self) -> None:
         """Put the spool beside the run where the run is not on this machine; to be called with every checkpoint."""
-        if self._active and self._scratch is not None:
+        if self._active and not self._run.local:
             for spool in (self._metrics, self._events):
                 self._run.upload(spool.path, spool.path.name)
 
@@ -135,8 +135,7 @@ class Tracker:
         self.sync()
         for spool in (self._metrics, self._events):
             spool.close()
-        if self._scratch is not None:
-            shutil.rmtree(self._scratch)
+        self._left.close()
         self._active = False
 
     def _append(self, spool: Spool, row: Row) -> None:
@@ -241,12 +240,11 @@ def _remember(run: Storage, run_id: str) -> None:
         run.write("run.json", canonical_json(known | {"run_id": run_id}))
 
 
-def _fetched(run: Storage, scratch: Path | None) -> Path:
-    assert scratch is not None
+def _fetched(run: Storage, folder: Path) -> Path:
     for key in ("metrics.jsonl", "events.jsonl"):
         if run.exists(key):
-            run.download(key, scratch / key)
-    return scratch
+            run.download(key, folder / key)
+    return folder
 
 
 def _portion(rows: list[Row]) -> list[Row]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.manifest import CURE, ROOT, Counts, Manifest, Root, Shard
+from pipeline.scratch import scratch
 from pipeline.shard_lines import refuse_changed
 from pipeline.shards import ShardIndex, decode, open_shard
 from pipeline.storage import Storage
@@ -53,8 +52,8 @@ def _check_length(storage: Storage, shard: Shard) -> DataError | None:
 def _check_deep(storage: Storage, root: Root, shard: Shard) -> DataError | Counts:
     """Fetch a shard, prove its bytes, read it strictly and decode every image; count what it holds."""
     where = storage.where(shard.file)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "shard.tar")
+    with scratch() as folder:
+        path = folder / "shard.tar"
         try:
             storage.download(shard.file, path)
             refuse_changed(path, shard, where)

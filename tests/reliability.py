@@ -145,6 +145,7 @@ PROMISES = (
              "jobs/test_train.py::test_a_signal_ends_a_ray_run_and_the_same_command_goes_on",
              "jobs/test_train.py::test_a_killed_driver_leaves_no_process_and_the_next_start_no_folder",
              "pipeline/test_stream.py::test_closing_leaves_no_thread_descriptor_or_temporary_file",
+             "pipeline/test_scratch.py::test_folders_go_with_their_owner_or_after_it_and_never_before",
              "jobs/test_soak.py::test_faults_at_random_change_nothing")),
 )  # fmt: skip
 

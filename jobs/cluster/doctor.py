@@ -9,17 +9,16 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import secrets
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from jobs.cluster.checks import Finding, Question, checked, examined, question
 from jobs.cluster.jobs import Client, connect, ended, translated
 from jobs.cluster.submission import pack, refuse_password
 from jobs.cluster.visit import ASKED
 from pipeline.errors import ConfigError, PipelineError, RemoteError
+from pipeline.scratch import scratch
 
 ENTRYPOINT = "exec python -m jobs.cluster.visit"
 SECONDS = 180.0
@@ -58,11 +57,11 @@ def ray(address: str) -> str:
 def visited(client: Client, asked: Question) -> list[Finding]:
     """What a job finds on the head and on every node; the job is forgotten afterwards."""
     job = f"doctor-{secrets.token_hex(4)}"
-    with tempfile.TemporaryDirectory() as scratch:
-        pack(Path(scratch))
-        (Path(scratch) / ASKED).write_text(json.dumps(asdict(asked)), encoding="utf-8")
+    with scratch() as folder:
+        pack(folder)
+        (folder / ASKED).write_text(json.dumps(asdict(asked)), encoding="utf-8")
         with translated(client.address):
-            client.ray.submit_job(entrypoint=ENTRYPOINT, submission_id=job, runtime_env={"working_dir": scratch})
+            client.ray.submit_job(entrypoint=ENTRYPOINT, submission_id=job, runtime_env={"working_dir": str(folder)})
     deadline = time.monotonic() + SECONDS
     while not ended(client, job):
         if time.monotonic() > deadline:

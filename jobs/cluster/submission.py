@@ -12,7 +12,6 @@ import importlib.util
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from pipeline.config import TrainConfig, refuse_impossible, write_config
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.manifest import open_manifest
 from pipeline.mlflow_run import refuse_silent
+from pipeline.scratch import scratch
 from pipeline.storage import Storage, canonical_json, open_storage, sha256_file, sha256_hex
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def submitted(client: Client, config: TrainConfig) -> str:
 
     run = open_storage(config.storage).sub(config.name)
     refuse_second(client, config.name, run.url)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
+    with scratch() as folder:
         code = pack(folder)
         text = write_config(config)
         (folder / CONFIG).write_text(text, encoding="utf-8")
@@ -52,7 +51,7 @@ def submitted(client: Client, config: TrainConfig) -> str:
         with translated(client.address):
             client.ray.submit_job(
                 entrypoint=ENTRYPOINT, submission_id=job, metadata=metadata,
-                runtime_env={"working_dir": scratch, "env_vars": environment},
+                runtime_env={"working_dir": str(folder), "env_vars": environment},
             )  # fmt: skip
     return job
 

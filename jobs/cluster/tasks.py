@@ -7,13 +7,12 @@ import itertools
 import logging
 import secrets
 import shlex
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import PipelineError, RemoteError
+from pipeline.scratch import scratch
 from pipeline.workers import OrderedMap
 
 A = TypeVar("A")
@@ -30,10 +29,10 @@ def sent(address: str, words: Sequence[str]) -> int:
 
     client = connect(address)
     job = f"{'-'.join(words[:2])}-{secrets.token_hex(4)}"
-    with tempfile.TemporaryDirectory() as scratch, translated(client.address):
-        pack(Path(scratch))
+    with scratch() as folder, translated(client.address):
+        pack(folder)
         command = shlex.join(["python", "-m", "jobs", *words, "--address", "auto"])
-        client.ray.submit_job(entrypoint=f"exec {command}", submission_id=job, runtime_env={"working_dir": scratch})
+        client.ray.submit_job(entrypoint=f"exec {command}", submission_id=job, runtime_env={"working_dir": str(folder)})
     print(f"{job}: submitted to {client.address}", flush=True)
     return followed(client, job)
 

@@ -171,7 +171,7 @@ def test_any_number_of_workers_one_after_the_other_ends_in_the_same_bits(config:
     Every number of them judges the averaged weights on two batches, the second a part of one: the figures are equal.
     """
     config = replace(config, evaluate=replace(config.evaluate, every=BATCH, images=48))
-    assert BATCH_OF_EVALUATION < config.evaluate.images
+    assert config.evaluate.images > BATCH_OF_EVALUATION
     run(config)
     shared = replace(config, name="shared")
     for size in (1, 2, 3, 4):
