@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from glow import GlowConfig
-from glow.budget import level_costs, plan_of
+from glow.budget import level_costs, plan_of, plans
 from jobs.plan import amount, checkpoint_bytes, parameters_of
 from pipeline.anchors import free_bytes, nets_dtype
 from pipeline.config import TrainConfig, refuse_impossible
@@ -51,7 +52,12 @@ def preflight(config: TrainConfig, *, offline: bool = False) -> None:
     manifest = open_manifest(open_storage(config.data.prefix))
     config = resolved(config, manifest)
     refuse_unwritable(config)
-    for room in rooms(config, manifest):
+    refuse_full(rooms(config, manifest))
+
+
+def refuse_full(rooms: Iterable[Room]) -> None:
+    """ConfigError for the first that has less than is needed."""
+    for room in rooms:
         if room.needed > room.free:
             raise ConfigError(f"no room: {room}", cure=room.cure)
 
@@ -64,12 +70,16 @@ def refuse_unwritable(config: TrainConfig) -> None:
 
 
 def rooms(config: TrainConfig, manifest: Manifest) -> list[Room]:
-    """Disk for checkpoints and the cache, memory for the workers; of this machine alone."""
+    """Disk for checkpoints and the cache, memory for the workers or of a GPU; of this machine alone."""
     folder = open_storage(config.storage).local
     found = [_checkpoints(config, folder)] if folder else []
     if not config.cluster.address:  # else others do the work
         found.append(_cache(config, manifest))
-        found += [] if config.cluster.gpu else [_memory(config)]
+        if not config.cluster.gpu:
+            found.append(_memory(config))
+        elif torch.cuda.is_available():
+            gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+            found.append(gpu_room(config, min(gpu.total_memory for gpu in gpus)))
     return found
 
 
@@ -90,15 +100,26 @@ def _cache(config: TrainConfig, manifest: Manifest) -> Room:
 
 
 def _memory(config: TrainConfig) -> Room:
-    """Of all workers on this machine: what they hold for good, and a leaf's backward."""
+    """Of all workers on this machine."""
     workers = max(1, config.cluster.workers) if "RANK" not in os.environ else 1
-    needed = 4 * PERSISTENT * parameters_of(config.model)
-    if isinstance(config.model, GlowConfig) and config.memory.anchor_every != "plan":
-        costs = level_costs(config.model, config.schedule.leaf, nets_dtype(config))
-        needed += plan_of(costs, config.memory.anchor_every).bytes
     cure = "--memory.anchor-every plan, a smaller schedule.leaf, or fewer workers here"
     free = free_bytes(torch.device("cpu"))
-    return Room(what="memory of the workers", needed=workers * needed, free=free, cure=cure)
+    return Room(what="memory of the workers", needed=workers * worker_bytes(config), free=free, cure=cure)
+
+
+def gpu_room(config: TrainConfig, total: int) -> Room:
+    """Of a GPU with so many bytes, which one worker has for itself."""
+    cure = "--memory.anchor-every plan, a smaller schedule.leaf, or a larger GPU"
+    return Room(what="memory of a GPU", needed=worker_bytes(config), free=total, cure=cure)
+
+
+def worker_bytes(config: TrainConfig) -> int:
+    """What a worker holds for good, and a leaf's backward: with "plan" the smallest there is."""
+    needed = 4 * PERSISTENT * parameters_of(config.model)
+    if isinstance(config.model, GlowConfig):
+        costs, asked = level_costs(config.model, config.schedule.leaf, nets_dtype(config)), config.memory.anchor_every
+        needed += (plans(costs)[-1] if asked == "plan" else plan_of(costs, asked)).bytes
+    return needed
 
 
 def _bytes_in(folder: Path) -> int:

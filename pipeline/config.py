@@ -177,7 +177,7 @@ class ClusterConfig:
     address: str = ""
     """Ray address; empty starts Ray on this machine."""
     max_failures: int = 3
-    """Restarts of the worker group before the run fails."""
+    """Restarts of the worker group between two checkpoints before the run fails."""
     lease_s: float = 60.0
     """Seconds of silence after which another job may take the run over."""
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.start import SIGNALS, started
-from jobs.cluster.worker import Mailbox, Report, Row, Work, counted, final, loop, train_worker
+from jobs.cluster.worker import Mailbox, Report, Row, Work, counted, final, first_of, loop, traces_of, train_worker
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import ConfigError, PipelineError, RemoteError, interruption
 from pipeline.storage import open_storage
@@ -42,20 +42,19 @@ def train(config: TrainConfig, report: Report, work: Work | None = None) -> Row:
     """Run the loop on `config.cluster.workers` Ray workers; rank 0's rows reach `report`, its summary is returned.
 
     With `cluster.min_workers` it is any number from that to `workers`: as many as the nodes there are have room for.
-    Failures another attempt may cure restart all workers, at most `cluster.max_failures` times; a node that announces
-    its end costs no failure; a PipelineError that would come again is raised here at once, as itself.
+    Failures another attempt may cure restart all workers, at most `cluster.max_failures` times between two checkpoints;
+    a node that announces its end costs no failure; a PipelineError that would come again is raised here at once, as
+    itself.
     """
     work = work or functools.partial(loop, owner=secrets.token_hex(8))
-    broken, preflight = 0, _refuse_too_few
+    patience, preflight = Patience(config), _refuse_too_few
     while True:
         try:
-            return _attempt(config, report, work, preflight)
+            return _attempt(config, report, work, preflight, patience)
         except _Preempted as error:
             report({"event": f"a node goes away: {error.what}; all go on from there"})
         except _NeverStarted as error:
-            broken += 1
-            if broken > config.cluster.max_failures:
-                raise
+            patience.note({"failed": error.what})
             report({"event": f"{error}; starting Ray again"})
         preflight = _take_any  # a run under way waits for nodes
 
@@ -68,7 +67,29 @@ class _Preempted(PipelineError):
     """The workers stopped after a checkpoint, because a node of theirs was about to go."""
 
 
-def _attempt(config: TrainConfig, report: Report, work: Work, preflight: Callable[[ClusterConfig], None]) -> Row:
+class Patience:
+    """What a run's failures are measured by: those since its last checkpoint, for days are never without one."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._config, self._failures, self._checkpoint = config, 0, 0.0
+
+    def note(self, row: Row) -> None:
+        """Take a row on its way to the driver; PipelineError where it tells of a failure too many."""
+        if row.get("ft/checkpoint", 0.0) > self._checkpoint:
+            self._checkpoint, self._failures = row["ft/checkpoint"], 0
+        self._failures += "failed" in row
+        if self._failures > self._config.cluster.max_failures:
+            run = open_storage(self._config.storage).sub(self._config.name)
+            if "trace" in row:
+                run.write("logs/workers.txt", row["trace"].encode())
+            what = f"the workers failed {self._failures} times without a new checkpoint, last {row['failed']}"
+            cure = "logs/workers.txt there has it all; the same command goes on from the last checkpoint"
+            raise PipelineError(what, where=run.url, cure=cure)
+
+
+def _attempt(
+    config: TrainConfig, report: Report, work: Work, preflight: Callable[[ClusterConfig], None], patience: Patience
+) -> Row:
     with started(config.cluster) as folder:
         import ray
         from ray.train import TrainingFailedError
@@ -78,7 +99,7 @@ def _attempt(config: TrainConfig, report: Report, work: Work, preflight: Callabl
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         mailbox = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
         try:
-            return _followed(_trainer(config, mailbox, work, folder), mailbox, report, config.cluster)
+            return _followed(_trainer(config, mailbox, work, folder), mailbox, report, config.cluster, patience)
         except TrainingFailedError as error:
             raise _cause(error, config) from error
 
@@ -97,6 +118,7 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
                     raise error
                 event = f"worker {rank} failed ({type(error).__name__}); all go on from the last checkpoint"
                 mailbox.put.remote({"event": event, "workers": False})
+            mailbox.put.remote({"failed": first_of(worker_exceptions), "trace": traces_of(worker_exceptions)})
 
     cluster = config.cluster
     return TorchTrainer(
@@ -111,13 +133,15 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
         run_config=RunConfig(
             name=f"{config.name}-{secrets.token_hex(4)}",
             storage_path=str(folder),
-            failure_config=FailureConfig(max_failures=cluster.max_failures),
+            failure_config=FailureConfig(max_failures=-1),  # Ray counts from a run's beginning; Patience does not
             callbacks=[FailFast()],
         ),
     )
 
 
-def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: ClusterConfig) -> Row:
+def _followed(
+    trainer: TorchTrainer, mailbox: Any, report: Report, cluster: ClusterConfig, patience: Patience
+) -> Row:
     """`fit` in a thread, so that signals and rows are ours meanwhile (Ray's own Ctrl-C handler exits with 0)."""
     outcome: dict[str, Any] = {}
 
@@ -135,7 +159,9 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: Clus
             thread.join(0.5)
             for row in _taken(mailbox, cluster):
                 waiting.note(row)
-                report(row)
+                patience.note(row)
+                if "failed" not in row:
+                    report(row)
             if why := waiting.why():
                 report({"event": why})
             if asked and not told:
@@ -206,21 +232,14 @@ def _signals_noted() -> Iterator[list[int]]:
 
 def _cause(error: Exception, config: TrainConfig) -> Exception:
     """The one error a person can act on, out of what Ray wraps around it."""
-    by_rank = getattr(error, "worker_failures", {})
-    failures = [failure for _, failure in sorted(by_rank.items())] or [getattr(error, "controller_failure", error)]
-    own = [failure for failure in failures if isinstance(failure, PipelineError) or final(failure)]
+    failures = getattr(error, "worker_failures", {}) or {0: getattr(error, "controller_failure", error)}
+    own = [failure for _, failure in sorted(failures.items()) if isinstance(failure, PipelineError) or final(failure)]
     if own:
         return own[0]
-    # A dead process is the cause; the broken collectives of its neighbours are what it caused.
-    first = next((failure for failure in failures if type(failure).__module__.startswith("ray.")), failures[0])
-    what = f"{type(first).__name__}: {str(first).strip().splitlines()[0]}"
     run = open_storage(config.storage).sub(config.name)
     run.write("logs/workers.txt", str(error).encode())
-    if not by_rank:
-        return _NeverStarted(f"the workers did not start, {what}", where=run.url, cure="see logs/workers.txt there")
-    cure = "logs/workers.txt there has it all; the same command goes on from the last checkpoint"
-    return PipelineError(f"the workers failed {config.cluster.max_failures + 1} times, last {what}",
-                         where=run.url, cure=cure)  # fmt: skip
+    what = f"the workers did not start, {first_of(failures)}"
+    return _NeverStarted(what, where=run.url, cure="see logs/workers.txt there")
 
 
 def _room(cluster: ClusterConfig) -> tuple[str, int, int]:

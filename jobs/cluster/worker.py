@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.config import TrainConfig
@@ -46,6 +47,18 @@ class Mailbox:
 def final(error: Exception) -> bool:
     """Whether the same error would come again."""
     return not isinstance(error, TRANSIENT) and not type(error).__module__.startswith("ray.")
+
+
+def first_of(errors: Mapping[int, Exception]) -> str:
+    """What went wrong, of several ranks: a dead process, before the broken collectives of its neighbours."""
+    ordered = [error for _, error in sorted(errors.items())]
+    first = next((error for error in ordered if type(error).__module__.startswith("ray.")), ordered[0])
+    return f"{type(first).__name__}: {(str(first).strip() or 'no word').splitlines()[0]}"
+
+
+def traces_of(errors: Mapping[int, Exception]) -> str:
+    """All that is known of every rank's."""
+    return "\n".join(f"rank {rank}\n{''.join(traceback.format_exception(errors[rank]))}" for rank in sorted(errors))
 
 
 def loop(config: TrainConfig, report: Report, stop: Stop, *, owner: str) -> Row:

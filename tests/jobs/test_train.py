@@ -8,12 +8,17 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from glow import GlowConfig
 from jobs.__main__ import main
+from jobs.preflight import gpu_room, refuse_full, worker_bytes
+from pipeline.config import MemoryConfig, TrainConfig
+from pipeline.errors import ConfigError
 from tests.jobs.runs import (
     NOTHING,
     Traces,
@@ -192,3 +197,13 @@ def test_preflight_refuses_in_a_line_and_leaves_nothing(tmp_path: Path, capsys: 
         told = capsys.readouterr().err
         assert (code in (3, 4), told.count("\n"), said in told) == (True, 1, True), told
     assert set(tmp_path.rglob("*")) - {tmp_path / "runs"} == set(before)
+
+
+def test_a_plan_that_a_gpu_cannot_hold_is_refused_in_a_line() -> None:
+    model = GlowConfig(size=32, channels=3, levels=3, steps=8, width=64, classes=0, attributes=0)
+    stored = TrainConfig(name="wide", model=model, memory=MemoryConfig(anchor_every=(0,)))
+    inverted = replace(stored, memory=MemoryConfig(anchor_every="plan"))
+    needed = worker_bytes(stored)
+    refuse_full([gpu_room(stored, needed), gpu_room(inverted, 2 * needed // 3)])
+    with pytest.raises(ConfigError, match=r"^no room: memory of a GPU [\d.]+ MB of [\d.]+ MB free; .*anchor-every plan"):
+        refuse_full([gpu_room(stored, needed - 1)])

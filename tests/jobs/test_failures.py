@@ -1,0 +1,74 @@
+"""How many failures a run bears: `max_failures` between two checkpoints, and any number with one after each."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs.cluster.training import Patience
+from jobs.cluster.worker import Report, Row, Stop
+from pipeline.config import ClusterConfig, TrainConfig
+from pipeline.errors import PipelineError
+from tests.jobs.runs import NOTHING, Traces, followed
+
+FAILURE = {"failed": "ActorDiedError: gone", "trace": "rank 0\nall of it"}
+
+
+def config_in(folder: Path) -> TrainConfig:
+    return TrainConfig(name="tried", storage=str(folder), cluster=ClusterConfig(workers=1, max_failures=2))
+
+
+def test_failures_count_between_checkpoints(tmp_path: Path) -> None:
+    patience = Patience(config_in(tmp_path))
+    for checkpoint in range(1, 30):  # a month with a lost machine a day
+        patience.note({"images": checkpoint + 0.5, "ft/checkpoint": float(checkpoint)})
+        patience.note({"event": "worker 0 failed"})
+        patience.note(FAILURE)
+    patience.note({"images": 29.5, "ft/checkpoint": 29.0})
+    patience.note(FAILURE)
+    with pytest.raises(PipelineError, match="failed 3 times without a new checkpoint, last ActorDiedError: gone"):
+        patience.note(FAILURE)
+    assert (tmp_path / "tried" / "logs" / "workers.txt").read_text() == "rank 0\nall of it"
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from jobs.cluster.training import train
+from pipeline.errors import PipelineError
+from tests.jobs.test_failures import attempt, config_in
+
+kind = sys.argv[2]
+try:
+    print(train(config_in(Path(sys.argv[1])), print, lambda *words: attempt(kind, *words)))
+except PipelineError as error:
+    print(error)
+"""
+
+
+def attempt(kind: str, config: TrainConfig, report: Report, stop: Stop) -> Row:
+    """A loop that fails five times, after a checkpoint or without."""
+    count = Path(config.storage, "count")
+    number = int(count.read_text()) + 1 if count.exists() else 1
+    count.write_text(str(number))
+    report({"images": number, "ft/checkpoint": float(number if kind == "moving" else 1)})
+    if number <= 5:
+        raise OSError("a cable")
+    return {"attempts": number}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("kind", "end"),
+    [("moving", "{'attempts': 6}"), ("stuck", "the workers failed 3 times without a new checkpoint, last OSError")],
+)
+def test_ray_restarts_workers_as_often_as_they_get_further(tmp_path: Path, kind: str, end: str) -> None:
+    traces = Traces()
+    code, output = followed([sys.executable, "-c", FAILING, str(tmp_path), kind])
+    assert code == 0, output
+    assert end in output.splitlines()[-1], output
+    assert "Traceback" not in output
+    assert (tmp_path / "tried" / "logs" / "workers.txt").exists() == (kind == "stuck")
+    assert traces.left() == NOTHING
