@@ -38,6 +38,7 @@ WAITING_SECONDS = 20.0
 STOP_SECONDS = 100.0
 """How long the workers may take to commit a last checkpoint; less than the job server's patience with a stopped job."""
 
+
 def train(config: TrainConfig, report: Report, work: Work | None = None) -> Row:
     """Run the loop on `config.cluster.workers` Ray workers; rank 0's rows reach `report`, its summary is returned.
 
@@ -139,9 +140,7 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
     )
 
 
-def _followed(
-    trainer: TorchTrainer, mailbox: Any, report: Report, cluster: ClusterConfig, patience: Patience
-) -> Row:
+def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: ClusterConfig, patience: Patience) -> Row:
     """`fit` in a thread, so that signals and rows are ours meanwhile (Ray's own Ctrl-C handler exits with 0)."""
     outcome: dict[str, Any] = {}
 

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -28,23 +29,26 @@ START_SECONDS = 240
 class Nodes:
     """A head that does no work, and nodes with a CPU each; `environment` is what a driver needs."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._port, self._count = folder, free_ports(1)[0], 0
-        self.address = f"127.0.0.1:{self._port}"
+    def __init__(self, folder: Path, more: Mapping[str, str]) -> None:
+        self.folder, self._more, self._count = folder, more, 0
+        self._port, self._jobs = free_ports(2)
+        self.address, self.job_server = f"127.0.0.1:{self._port}", f"http://127.0.0.1:{self._jobs}"
         (folder / "token").write_text(secrets.token_hex(32))
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
         self.running: dict[str, Process] = {}
 
-    def start_head(self) -> None:
-        """Start the head, or start it again on the same port."""
-        self._start("head", "--head", f"--port={self._port}", "--num-cpus=0", "--include-dashboard=false")
+    def start_head(self, *, job_server: bool = False) -> None:
+        """Start the head, or start it again on the same ports."""
+        dashboard = ["--dashboard-host=127.0.0.1", f"--dashboard-port={self._jobs}"] if job_server else []
+        with_it = f"--include-dashboard={str(job_server).lower()}"
+        self._start("head", "--head", f"--port={self._port}", "--num-cpus=0", with_it, *dashboard)
 
-    def add(self) -> str:
-        """Start a node; its name."""
-        self._count += 1
-        name = f"n{self._count}"
-        self._start(name, f"--address={self.address}", "--num-cpus=1")
-        return name
+    def add(self, count: int = 1) -> None:
+        """Start so many nodes, all at once: n1, n2, ..."""
+        names = [f"n{self._count + number}" for number in range(1, count + 1)]
+        self._count += count
+        with ThreadPoolExecutor(count) as pool:
+            list(pool.map(lambda name: self._start(name, f"--address={self.address}", "--num-cpus=1"), names))
 
     def kill(self, name: str) -> None:
         """Let a node vanish: SIGKILL to all its processes, workers included."""
@@ -79,7 +83,7 @@ class Nodes:
             f"--temp-dir={self.folder / name}", *words,
         ]  # fmt: skip
         quick = {"RAY_health_check_failure_threshold": "3", "TMPDIR": str(self.folder)}
-        environment = {**inherited(), **self.environment, **ENVIRONMENT, **quick}
+        environment = {**inherited(), **self._more, **self.environment, **ENVIRONMENT, **quick}
         environment["PYTHONPATH"] = str(Path(__file__).parents[2])
         for attempt in range(STARTS):
             log = self.folder / f"{name}-{attempt}.log"
@@ -94,12 +98,11 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def nodes() -> Iterator[Nodes]:
-    """A cluster with a head; nothing of it is left afterwards."""
+def nodes(more: Mapping[str, str] | None = None) -> Iterator[Nodes]:
+    """A cluster whose nodes see `more` variables, not started; nothing of it is left afterwards."""
     folder = Path(tempfile.mkdtemp(prefix="gn-", dir="/tmp"))
-    cluster = Nodes(folder)
+    cluster = Nodes(folder, more or {})
     try:
-        cluster.start_head()
         yield cluster
     finally:
         for name in list(cluster.running):

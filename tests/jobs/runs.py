@@ -60,6 +60,15 @@ def dataset() -> Path:
     return folder / "data"
 
 
+def upload(prefix: str) -> str:
+    """The dataset of the tests at another place; the place."""
+    target = open_storage(prefix)
+    for path in dataset().rglob("*"):
+        if path.is_file():
+            target.upload(path, str(path.relative_to(dataset())))
+    return prefix
+
+
 def settings(folder: Path, images: int) -> list[str]:
     """The words of a tiny toy32 run in a folder."""
     (folder / "tiny.toml").write_text(TINY.format(images=images))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import time
@@ -11,16 +12,35 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.export import export_model, read_run
+from pipeline.manifest import open_manifest
+from pipeline.storage import open_storage
 from tests.jobs.nodes import Nodes, nodes
-from tests.jobs.runs import CONSTANT, ENDLESS, followed, jobs, left_processes, settings, started, tensors_of
+from tests.jobs.runs import (
+    CONSTANT,
+    ENDLESS,
+    HANG,
+    dataset,
+    followed,
+    jobs,
+    left_processes,
+    settings,
+    started,
+    tensors_of,
+    upload,
+)
 from tests.reliability import measured
+
+WAITS = "waiting: 2 workers want a CPU each and the cluster has 1; add a node"
+AT_WORK = "from the same command on a new head to two workers at work (Ray)"
+SUBMITTED_AT_WORK = "from the same submission on a new head to two workers at work (Ray)"
 
 
 @pytest.fixture
 def cluster() -> Iterator[Nodes]:
+    """A head, and as yet no nodes."""
     with nodes() as cluster:
-        cluster.add()
-        cluster.add()
+        cluster.start_head()
         yield cluster
 
 
@@ -53,16 +73,45 @@ class Watched:
         return self.process.wait(), self.lines[-1]
 
 
-@pytest.mark.timeout(1500)
-def test_nodes_and_the_head_come_and_go(cluster: Nodes, tmp_path: Path) -> None:
-    """Promises R2, R3, R4: a node is killed, then the head; elastic, a node leaves, one comes, one is killed."""
-    words = [*settings(tmp_path, ENDLESS), "--name", "moved", *CONSTANT, "--cluster.address", cluster.address]
+def moved(folder: Path, cluster: Nodes) -> list[str]:
+    """The words of a run without an end on a cluster."""
+    return [*settings(folder, ENDLESS), "--name", "moved", *CONSTANT, "--cluster.address", cluster.address]
 
+
+def stopped(run: Watched) -> int:
+    """End a run as SIGTERM does; the images it has learned."""
+    run.process.send_signal(signal.SIGTERM)
+    code, last = run.end()
+    assert code == 143, run.lines
+    return stopped_at(last)
+
+
+def stopped_at(line: str) -> int:
+    found = re.search(r"stopped after a checkpoint at (\d+) images", line)
+    assert found, line
+    return int(found[1])
+
+
+def assert_learned_as_one_process_does(run: str, images: int, folder: Path) -> None:
+    code, output = followed(jobs("train", *settings(folder, images), "--name", "unmoved", *CONSTANT))
+    assert code == 0, output
+    assert tensors_of(run) == tensors_of(folder / "runs" / "unmoved")
+    manifest = open_manifest(open_storage(str(dataset())))
+    one, other = (read_run(open_storage(str(place))) for place in (run, folder / "runs" / "unmoved"))
+    assert export_model(one, manifest) == export_model(other, manifest), "the same artifact"
+    assert left_processes() == []
+
+
+@pytest.mark.timeout(900)
+def test_a_node_is_lost_then_the_head_and_a_node_gives_notice(cluster: Nodes, tmp_path: Path) -> None:
+    """Promises R2, R3, R4: fixed, a node is killed, then the head; the same command, elastic: a node leaves."""
+    words = moved(tmp_path, cluster)
+    cluster.add(2)
     fixed = Watched(jobs("train", *words, "--cluster.workers", "2"), cluster.environment)
     fixed.until("2 workers at work")
     fixed.further(2)
     cluster.kill("n2")
-    _, seconds = fixed.until("waiting: 2 workers want a CPU each and the cluster has 1; add a node")
+    _, seconds = fixed.until(WAITS)
     measured("R3", "fixed: from a killed node to the line that says what is waited for", seconds, "s")
     cluster.kill("head")
     code, last = fixed.end()
@@ -71,12 +120,11 @@ def test_nodes_and_the_head_come_and_go(cluster: Nodes, tmp_path: Path) -> None:
 
     cluster.kill("n1")
     cluster.start_head()
-    cluster.add()
-    cluster.add()
+    cluster.add(2)
     begun = time.monotonic()
     elastic = Watched(jobs("train", *words, "--elastic", "1:2"), cluster.environment)
     elastic.until("2 workers at work")
-    measured("R2", "from the same command on a new head to two workers at work (Ray)", time.monotonic() - begun, "s")
+    measured("R2", AT_WORK, time.monotonic() - begun, "s")
     elastic.further(2)
     announced = time.monotonic()
     cluster.announce_end("n4", 15)
@@ -84,31 +132,73 @@ def test_nodes_and_the_head_come_and_go(cluster: Nodes, tmp_path: Path) -> None:
     measured("R4", "from giving notice of a node's end to the checkpoint", time.monotonic() - announced, "s")
     _, seconds = elastic.until("1 worker at work")
     measured("R4", "from that checkpoint to one worker at work (Ray)", seconds, "s")
-    elastic.further(2)
+    elastic.further(1)
+    images, run = stopped(elastic), tmp_path / "runs" / "moved"
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    resumed = [event["images"] for event in events if event["kind"] == "resumed"]
+    assert int(left[1]) in resumed, "nothing was lost for the node that gave notice"
+    assert_learned_as_one_process_does(str(run), images, tmp_path)
 
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1500)
+def test_an_elastic_run_grows_by_a_node_and_loses_it(cluster: Nodes, tmp_path: Path) -> None:
+    """Promise R3: on one node, one more comes, and is killed."""
+    cluster.add()
+    elastic = Watched(jobs("train", *moved(tmp_path, cluster), "--elastic", "1:2"), cluster.environment)
+    elastic.until("1 worker at work")
+    elastic.further(2)
     cluster.pause_workers()  # or there would be no end of images before a node has come
     cluster.add()
     _, seconds = elastic.until("2 workers at work")
     measured("R3", "elastic: from a node that has joined to two workers at work (Ray)", seconds, "s")
     elastic.further(2)
-    cluster.kill("n5")
+    cluster.kill("n2")
     _, noticed = elastic.until(r"worker \d failed")
     _, ray = elastic.until("1 worker at work")
     _, ours = elastic.until(r"images \d+/")
     measured("R3", "elastic: from a killed node to the failure noticed", noticed, "s")
     measured("R3", "elastic: from there to one worker at work (Ray)", ray, "s")
     measured("R3", "elastic: from there to the next status line (ours, 10 steps included)", ours, "s")
-    elastic.process.send_signal(signal.SIGTERM)
-    code, last = elastic.end()
-    assert code == 143, elastic.lines
-    stopped = re.search(r"stopped after a checkpoint at (\d+) images", last)
-    assert stopped
+    assert_learned_as_one_process_does(str(tmp_path / "runs" / "moved"), stopped(elastic), tmp_path)
 
-    run = tmp_path / "runs" / "moved"
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    resumed = [event["images"] for event in events if event["kind"] == "resumed"]
-    assert int(left[1]) in resumed, "nothing was lost for the node that gave notice"
-    code, output = followed(jobs("train", *settings(tmp_path, int(stopped[1])), "--name", "unmoved", *CONSTANT))
-    assert code == 0, output
-    assert tensors_of(run) == tensors_of(tmp_path / "runs" / "unmoved")
-    assert left_processes() == []
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1500)
+def test_a_job_whose_head_is_lost_is_submitted_again(s3: str, tmp_path: Path) -> None:
+    """Promises R2, R3 under the job server: node and head killed, the same submission goes on; `stop` commits."""
+    data, runs = upload(f"{s3}/submitted/data"), f"{s3}/submitted/runs"
+    settings(tmp_path, ENDLESS)
+    places = ["--data.prefix", data, "--storage", runs, "--data.cache", str(tmp_path / "cache"), "--name", "moved"]
+    words = ["toy32", "--config", str(tmp_path / "tiny.toml"), *places, *CONSTANT, "--cluster.workers", "2"]
+    with nodes({name: value for name, value in os.environ.items() if name.startswith("AWS_")}) as cluster:
+        submit = jobs("cluster", "submit", *words, "--follow", "--address", cluster.job_server)
+        cluster.start_head(job_server=True)
+        cluster.add(2)
+        first = Watched(submit, cluster.environment)
+        first.until("moved-1: submitted to")
+        first.until("2 workers at work")
+        first.further(2)
+        cluster.kill("n2")
+        first.until(WAITS)
+        cluster.kill("head")
+        code, last = first.end()
+        assert code == 7, first.lines
+        assert last.startswith("error: "), first.lines
+
+        cluster.kill("n1")
+        cluster.start_head(job_server=True)
+        cluster.add(2)
+        begun = time.monotonic()
+        second = Watched(submit, cluster.environment)
+        second.until("moved-2: submitted to")
+        second.until("2 workers at work")
+        measured(
+            "R2", "from the same submission on a new head to two workers at work (Ray)", time.monotonic() - begun, "s"
+        )
+        second.further(2)
+        stop = started(jobs("cluster", "stop", "moved", "--address", cluster.job_server), cluster.environment)
+        said, _ = stop.communicate(timeout=HANG)
+        code, last = second.end()
+        assert (stop.returncode, code) == (0, 143), (said, second.lines)
+    assert_learned_as_one_process_does(f"{runs}/moved", stopped_at(last), tmp_path)

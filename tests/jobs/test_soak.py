@@ -22,13 +22,13 @@ from tests.jobs.runs import (
     CONSTANT,
     ENDLESS,
     TINY,
-    dataset,
     followed,
     jobs,
     left_processes,
     settings,
     started,
     tensors_of,
+    upload,
 )
 from tests.jobs.soak import Soak, memory, on_small_disk, soak
 from tests.mlflow_db import MLFLOW_NOISE
@@ -121,15 +121,6 @@ def test_faults_at_random_change_nothing(s3: str, place: Path, tmp_path: Path, m
     name = f"soak of {minutes} min"
     measured("R1", f"{name}: faults of which the result knows nothing", sum(trouble.struck.values()), "faults")
     measured("R22", f"{name}: memory of a worker, second half against first", last / first, "times")
-
-
-def upload(prefix: str) -> str:
-    """The dataset of the tests at another place; the place."""
-    target = open_storage(prefix)
-    for path in dataset().rglob("*"):
-        if path.is_file():
-            target.upload(path, str(path.relative_to(dataset())))
-    return prefix
 
 
 def endured(

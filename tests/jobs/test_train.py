@@ -205,5 +205,5 @@ def test_a_plan_that_a_gpu_cannot_hold_is_refused_in_a_line() -> None:
     inverted = replace(stored, memory=MemoryConfig(anchor_every="plan"))
     needed = worker_bytes(stored)
     refuse_full([gpu_room(stored, needed), gpu_room(inverted, 2 * needed // 3)])
-    with pytest.raises(ConfigError, match=r"^no room: memory of a GPU [\d.]+ MB of [\d.]+ MB free; .*anchor-every plan"):
+    with pytest.raises(ConfigError, match=r"^no room: memory of a GPU [\d.]+ MB of .* free; --memory.anchor"):
         refuse_full([gpu_room(stored, needed - 1)])

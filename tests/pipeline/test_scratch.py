@@ -25,7 +25,12 @@ def owner(place: Path) -> tuple[subprocess.Popen[str], Path]:
     command = [sys.executable, "-c", OWNER]
     environment = {**os.environ, "TMPDIR": str(place)}
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path(__file__).parents[2]
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
     )
     assert process.stdout is not None
     return process, Path(process.stdout.readline().strip())
