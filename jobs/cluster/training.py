@@ -75,7 +75,7 @@ class Patience:
         self._config, self._failures, self._checkpoint = config, 0, 0.0
 
     def note(self, row: Row) -> None:
-        """Take a row on its way to the driver; PipelineError where it tells of a failure too many."""
+        """Take a row on its way to the driver; PipelineError, a worker's own if it has one, at a failure too many."""
         if row.get("ft/checkpoint", 0.0) > self._checkpoint:
             self._checkpoint, self._failures = row["ft/checkpoint"], 0
         self._failures += "failed" in row
@@ -85,7 +85,7 @@ class Patience:
                 run.write("logs/workers.txt", row["trace"].encode())
             what = f"the workers failed {self._failures} times without a new checkpoint, last {row['failed']}"
             cure = "logs/workers.txt there has it all; the same command goes on from the last checkpoint"
-            raise PipelineError(what, where=run.url, cure=cure)
+            raise row.get("own") or PipelineError(what, where=run.url, cure=cure)
 
 
 def _attempt(
@@ -119,7 +119,9 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
                     raise error
                 event = f"worker {rank} failed ({type(error).__name__}); all go on from the last checkpoint"
                 mailbox.put.remote({"event": event, "workers": False})
-            mailbox.put.remote({"failed": first_of(worker_exceptions), "trace": traces_of(worker_exceptions)})
+            own = next((error for error in worker_exceptions.values() if isinstance(error, PipelineError)), None)
+            trace = traces_of(worker_exceptions)
+            mailbox.put.remote({"failed": first_of(worker_exceptions), "trace": trace, "own": own})
 
     cluster = config.cluster
     return TorchTrainer(

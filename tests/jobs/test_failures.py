@@ -10,7 +10,7 @@ import pytest
 from jobs.cluster.training import Patience
 from jobs.cluster.worker import Report, Row, Stop
 from pipeline.config import ClusterConfig, TrainConfig
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, RemoteError
 from tests.jobs.runs import NOTHING, Traces, followed
 
 FAILURE = {"failed": "ActorDiedError: gone", "trace": "rank 0\nall of it"}
@@ -31,6 +31,9 @@ def test_failures_count_between_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="failed 3 times without a new checkpoint, last ActorDiedError: gone"):
         patience.note(FAILURE)
     assert (tmp_path / "tried" / "logs" / "workers.txt").read_text() == "rank 0\nall of it"
+    away = RemoteError("nobody answers")
+    with pytest.raises(RemoteError, match="nobody answers"):
+        patience.note(FAILURE | {"own": away})
 
 
 FAILING = """
@@ -55,14 +58,19 @@ def attempt(kind: str, config: TrainConfig, report: Report, stop: Stop) -> Row:
     count.write_text(str(number))
     report({"images": number, "ft/checkpoint": float(number if kind == "moving" else 1)})
     if number <= 5:
-        raise OSError("a cable")
+        raise RemoteError("nobody answers") if kind == "away" else OSError("a cable")
     return {"attempts": number}
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
     ("kind", "end"),
-    [("moving", "{'attempts': 6}"), ("stuck", "the workers failed 3 times without a new checkpoint, last OSError")],
+    [
+        ("moving", "{'attempts': 6}"),
+        ("stuck", "the workers failed 3 times without a new checkpoint, last OSError"),
+        ("away", "nobody answers"),
+    ],
+    ids=["moving", "stuck", "away"],
 )
 def test_ray_restarts_workers_as_often_as_they_get_further(tmp_path: Path, kind: str, end: str) -> None:
     traces = Traces()
@@ -70,5 +78,5 @@ def test_ray_restarts_workers_as_often_as_they_get_further(tmp_path: Path, kind:
     assert code == 0, output
     assert end in output.splitlines()[-1], output
     assert "Traceback" not in output
-    assert (tmp_path / "tried" / "logs" / "workers.txt").exists() == (kind == "stuck")
+    assert (tmp_path / "tried" / "logs" / "workers.txt").exists() == (kind != "moving")
     assert traces.left() == NOTHING
