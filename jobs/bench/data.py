@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +33,7 @@ from pipeline.in_place import survey
 from pipeline.manifest import Manifest, open_manifest, write_manifest
 from pipeline.order import Order
 from pipeline.prepare import Options, build, built_already, make_plan
+from pipeline.scratch import scratch
 from pipeline.shards import RAW, open_shard
 from pipeline.sources import open_source
 from pipeline.storage import Storage, open_storage
@@ -77,8 +77,7 @@ def versions() -> str:
 
 def faces(options: argparse.Namespace, encodings: Sequence[str]) -> Generator[Manifest]:
     """A dataset of the same toy faces an encoding, in a folder that goes away, or below the prefix `--to`."""
-    with tempfile.TemporaryDirectory(prefix="glow-bench-") as scratch:
-        folder = Path(scratch)
+    with scratch() as folder:
         write_toy(folder / "source", images=options.images, size=options.size, seed=0, workers=1, report=_silent)
         for encoding in encodings:
             made = _prepared(folder, encoding)
@@ -132,8 +131,8 @@ def _in_place(manifest: Manifest, storage: Storage, encoding: str) -> Manifest:
 
 def _samples(manifest: Manifest, file: str, count: int) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Encoded images and metadata of a shard."""
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, "shard.tar")
+    with scratch() as folder:
+        path = folder / "shard.tar"
         manifest.storage.download(file, path)
         with open_shard(path, count, foreign=manifest.foreign) as index:
             yield from (index.read(row) for row in range(len(index)))
@@ -193,8 +192,8 @@ def opened_stream(manifest: Manifest, batch: int, threads: int = 1) -> Iterator[
     split = manifest.split("train")
     order = Order(split.shards.samples, batch, 0, manifest.window)
     with (
-        tempfile.TemporaryDirectory(prefix="glow-bench-") as cache,
-        Stream(manifest.storage, manifest, split, order, Path(cache), CACHE_BYTES, threads) as stream,
+        scratch() as cache,
+        Stream(manifest.storage, manifest, split, order, cache, CACHE_BYTES, threads) as stream,
     ):
         yield stream
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from jobs.presets import preset
 from pipeline.config import TrainConfig
 from pipeline.errors import PipelineError
 from pipeline.export import read_run
+from pipeline.scratch import scratch
 from pipeline.storage import open_storage
 
 WORKER = "ray::RayTrainWo"
@@ -67,12 +67,12 @@ def measure_kills(images: int, kills: int, workers: int, plot: str = "") -> list
     """A row a kill: where it struck, the first status line afterwards, seconds to it; PipelineError if bits differ."""
     from jobs import cluster
 
-    with tempfile.TemporaryDirectory(prefix="glow-bench-") as scratch:
-        config = _config(Path(scratch), images, kills, workers)
+    with scratch() as folder:
+        config = _config(folder, images, kills, workers)
         calm, struck = Watcher([]), Watcher([(number + 1) * images // (kills + 1) for number in range(kills)])
         for name, watcher in (("calm", calm), ("struck", struck)):
             cluster.train(replace(config, name=name), watcher)
-        _refuse_other(Path(scratch))
+        _refuse_other(folder)
     if plot:
         from jobs.bench.plots import kills_plot
 
@@ -88,17 +88,17 @@ def measure_kills(images: int, kills: int, workers: int, plot: str = "") -> list
     ]
 
 
-def _config(scratch: Path, images: int, kills: int, workers: int) -> TrainConfig:
+def _config(folder: Path, images: int, kills: int, workers: int) -> TrainConfig:
     from jobs import data
 
     with contextlib.redirect_stdout(io.StringIO()):  # what it says of itself is no row of ours
-        data.toy(str(scratch / "source"), images=400, size=16)
-        data.prepare(str(scratch / "source"), str(scratch / "data"), samples_per_shard=16, workers=1)
+        data.toy(str(folder / "source"), images=400, size=16)
+        data.prepare(str(folder / "source"), str(folder / "data"), samples_per_shard=16, workers=1)
     config = preset("toy32").config
     return replace(
         config,
-        storage=str(scratch / "runs"),
-        data=replace(config.data, prefix=str(scratch / "data"), cache=str(scratch / "cache")),
+        storage=str(folder / "runs"),
+        data=replace(config.data, prefix=str(folder / "data"), cache=str(folder / "cache")),
         model=replace(config.model, levels=2, steps=4, width=32),
         memory=replace(config.memory, anchor_every=(4, 0)),
         schedule=replace(config.schedule, images=images, status_every=80, checkpoint_every=240),
@@ -107,9 +107,9 @@ def _config(scratch: Path, images: int, kills: int, workers: int) -> TrainConfig
     )
 
 
-def _refuse_other(scratch: Path) -> None:
+def _refuse_other(folder: Path) -> None:
     """PipelineError unless parameters, moments and averaged weights of both runs are the same bits."""
-    calm, struck = (read_run(open_storage(str(scratch / "runs" / name))).tensors for name in ("calm", "struck"))
+    calm, struck = (read_run(open_storage(str(folder / "runs" / name))).tensors for name in ("calm", "struck"))
     other = [name for name in calm if name not in struck or not torch.equal(calm[name], struck[name])]
     if other or calm.keys() != struck.keys():
         raise PipelineError(f"the runs differ in {len(other)} tensors, the first {other[:1]}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +22,7 @@ from jobs.bench.rows import Measurement, Row
 from pipeline.config import OptimConfig
 from pipeline.gradients import Gradients
 from pipeline.optim import Ema, make_optimizer
+from pipeline.scratch import scratch
 from pipeline.world import World, barrier, joined
 
 Reduction = Literal["overlap", "tree"]
@@ -61,7 +61,7 @@ def measure_reductions(config: GlowConfig, batching: Batching) -> list[Row]:
     """A row a reduction: medians over rounds, and of the ratios to `overlap` round by round."""
     context = multiprocessing.get_context("spawn")
     with (
-        tempfile.TemporaryDirectory(prefix="glow-bench-") as folder,
+        scratch() as folder,
         ProcessPoolExecutor(batching.workers, mp_context=context) as pool,
     ):
         store = f"file://{folder}/store"

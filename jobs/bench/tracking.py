@@ -13,7 +13,6 @@ import multiprocessing
 import signal
 import statistics
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from jobs.bench.rows import Measurement, Row
 from jobs.stack import faults
 from jobs.stack.processes import Process, belonging, end, free_ports, inherited, listening, spawn
+from pipeline.scratch import scratch
 
 STATES: dict[str, dict[str, object] | None] = {
     "up": {},
@@ -107,11 +107,11 @@ def tracking(options: argparse.Namespace) -> Measurement:
 
 def outage_rows(rounds: int, steps: int) -> list[Row]:
     """Median milliseconds a step of every state, and their ratio to a server that is up, round by round."""
-    with tempfile.TemporaryDirectory(prefix="glow-bench-") as scratch, mlflow_server(Path(scratch)) as backend:
-        proxies = Outages(Path(scratch), backend)
+    with scratch() as folder, mlflow_server(folder) as backend:
+        proxies = Outages(folder, backend)
         try:
             ports = {state: proxies.start() for state in STATES}
-            with _workers({state: f"http://127.0.0.1:{port}" for state, port in ports.items()}, scratch) as workers:
+            with _workers({state: f"http://127.0.0.1:{port}" for state, port in ports.items()}, folder) as workers:
                 for state, rule in STATES.items():
                     proxies.kill(ports[state]) if rule is None else proxies.fail(ports[state], **rule)
                 return _rows([{s: _asked(worker, steps) for s, worker in workers.items()} for _ in range(rounds + 1)])
@@ -135,14 +135,14 @@ def _rows(rounds: list[dict[str, tuple[float, float]]]) -> list[Row]:
 
 
 @contextmanager
-def _workers(addresses: dict[str, str], scratch: str) -> Iterator[dict[str, Connection]]:
+def _workers(addresses: dict[str, str], folder: Path) -> Iterator[dict[str, Connection]]:
     """A process a state, each of which has reached MLflow."""
     context = multiprocessing.get_context("spawn")
     found: dict[str, Connection] = {}
     processes = []
     for number, (state, uri) in enumerate(addresses.items()):
         found[state], theirs = context.Pipe()
-        processes.append(context.Process(target=_work, args=(theirs, uri, f"{scratch}/run-{number}"), daemon=True))
+        processes.append(context.Process(target=_work, args=(theirs, uri, f"{folder}/run-{number}"), daemon=True))
         processes[-1].start()
     try:
         for pipe in found.values():
