@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from jobs.cluster.checks import Finding, Question, checked, examined, question
-from jobs.cluster.jobs import Client, connect, ended, translated
+from jobs.cluster.jobs import Client, connect, ended, send, translated
 from jobs.cluster.submission import pack, refuse_password
 from jobs.cluster.visit import ASKED
 from pipeline.errors import ConfigError, PipelineError, RemoteError
@@ -60,8 +60,7 @@ def visited(client: Client, asked: Question) -> list[Finding]:
     with scratch() as folder:
         pack(folder)
         (folder / ASKED).write_text(json.dumps(asdict(asked)), encoding="utf-8")
-        with translated(client.address):
-            client.ray.submit_job(entrypoint=ENTRYPOINT, submission_id=job, runtime_env={"working_dir": str(folder)})
+        send(client, job, entrypoint=ENTRYPOINT, runtime_env={"working_dir": str(folder)})
     deadline = time.monotonic() + SECONDS
     while not ended(client, job):
         if time.monotonic() > deadline:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 TIMEOUT_SECONDS = 5.0
 RECONNECT_SECONDS = 60.0
+START_SECONDS = 60.0
+"""How long a head that answers may take to have somebody who starts jobs: it comes up in two steps."""
+
 STOP_SECONDS = 180.0
 """How long `stop` waits; the cluster kills a stopped job after its RAY_JOB_STOP_WAIT_TIME_S."""
 
@@ -73,6 +76,20 @@ class Client:
         """All a job has said."""
         with translated(self.address):
             return self.ray.get_job_logs(job)
+
+
+def send(client: Client, job: str, **what: Any) -> None:
+    """Hand a job over, also to a head that has only just started."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with translated(client.address):
+                client.ray.submit_job(submission_id=job, **what)
+            return
+        except RemoteError as error:
+            if "No available agent" not in error.what or time.monotonic() > deadline:
+                raise
+            time.sleep(1)
 
 
 def connect(address: str = "") -> Client:

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.cluster.jobs import refuse_second, translated
+from jobs.cluster.jobs import refuse_second, send
 from pipeline.config import TrainConfig, refuse_impossible, write_config
 from pipeline.errors import ConfigError, ConflictError
 from pipeline.manifest import open_manifest
@@ -48,11 +48,8 @@ def submitted(client: Client, config: TrainConfig) -> str:
         metadata = {"run": config.name, "url": run.url, "code": code}
         commit, changed = revision()
         environment = {"GLOW_REVISION": f"{commit}-dirty" if changed else commit}  # the package has no git
-        with translated(client.address):
-            client.ray.submit_job(
-                entrypoint=ENTRYPOINT, submission_id=job, metadata=metadata,
-                runtime_env={"working_dir": str(folder), "env_vars": environment},
-            )  # fmt: skip
+        packed = {"working_dir": str(folder), "env_vars": environment}
+        send(client, job, entrypoint=ENTRYPOINT, metadata=metadata, runtime_env=packed)
     return job
 
 

@@ -24,15 +24,15 @@ AHEAD = 2
 
 def sent(address: str, words: Sequence[str]) -> int:
     """Have a job server run `python -m jobs WORDS --address auto` with the code installed here; its exit code."""
-    from jobs.cluster.jobs import connect, followed, translated
+    from jobs.cluster.jobs import connect, followed, send
     from jobs.cluster.submission import pack
 
     client = connect(address)
     job = f"{'-'.join(words[:2])}-{secrets.token_hex(4)}"
-    with scratch() as folder, translated(client.address):
+    with scratch() as folder:
         pack(folder)
         command = shlex.join(["python", "-m", "jobs", *words, "--address", "auto"])
-        client.ray.submit_job(entrypoint=f"exec {command}", submission_id=job, runtime_env={"working_dir": str(folder)})
+        send(client, job, entrypoint=f"exec {command}", runtime_env={"working_dir": str(folder)})
     print(f"{job}: submitted to {client.address}", flush=True)
     return followed(client, job)
 
