@@ -12,28 +12,31 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-PREFIX = "glow-scratch-"
+PREFIX = "glow-tmp-"
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A new folder, gone afterwards; until then a lock says that it has an owner, and ends with that in any case."""
-    place = Path(tempfile.gettempdir())
-    _sweep(place)
-    folder, lock = _owned(place)
+def scratch(place: str = "") -> Iterator[Path]:
+    """A new folder, gone afterwards; until then a lock says that it has an owner, and ends with that in any case.
+
+    It is in the folder for temporary files, or at `place`; its own name takes 20 characters.
+    """
+    there = Path(place or tempfile.gettempdir())
+    _sweep(there)
+    folder, lock = _owned(there)
     with lock:
         try:
-            (folder / "files").mkdir()
-            yield folder / "files"
+            (folder / "f").mkdir()
+            yield folder / "f"
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _owned(place: Path) -> tuple[Path, BinaryIO]:
     while True:
-        folder = place / f"{PREFIX}{secrets.token_hex(8)}"
-        folder.mkdir(mode=0o700)
-        with suppress(FileNotFoundError, BlockingIOError):  # a sweep came between making and locking
+        folder = place / f"{PREFIX}{secrets.token_hex(4)}"
+        with suppress(FileExistsError, FileNotFoundError, BlockingIOError):  # or a sweep came before the lock
+            folder.mkdir(mode=0o700)
             return folder, _locked(folder)
 
 

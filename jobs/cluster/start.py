@@ -10,9 +10,7 @@ import functools
 import io
 import logging
 import os
-import re
 import secrets
-import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +22,7 @@ import psutil
 
 from pipeline.config import ClusterConfig
 from pipeline.errors import Interrupted
+from pipeline.scratch import scratch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -46,10 +45,9 @@ ENVIRONMENT = {
 @contextlib.contextmanager
 def started(cluster: ClusterConfig) -> Iterator[Path]:
     """Ray, connected or started here, and a folder for what it writes; all of it gone afterwards."""
-    _sweep()
-    folder = Path(tempfile.mkdtemp(prefix=f"glow-{os.getpid()}-", dir=short_folder()))
     others = set(psutil.Process().children(recursive=True))
-    with _environment(cluster, folder), _signals_kept(), contextlib.redirect_stdout(io.StringIO()):
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with _signals_kept(), scratch(short_folder()) as folder, _environment(cluster, folder), quiet:
         import ray
 
         try:
@@ -62,7 +60,6 @@ def started(cluster: ClusterConfig) -> Iterator[Path]:
             ours = set(psutil.Process().children(recursive=True)) - others
             ray.shutdown()
             _reap(ours)
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _place(cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
@@ -141,14 +138,6 @@ def _reap(processes: set[psutil.Process]) -> None:
 
 
 def short_folder() -> str:
-    """The folder for temporary files, or /tmp where that is too long for a socket's name (107 bytes in all)."""
+    """The folder for temporary files, or /tmp where that is too long for a socket's 107 bytes, of which 64 are Ray's."""
     usual = tempfile.gettempdir()
-    return usual if len(usual) < 30 else "/tmp"
-
-
-def _sweep() -> None:
-    """Remove what a killed driver of this user left."""
-    for folder in Path(short_folder()).glob("glow-*-*"):
-        owner = re.fullmatch(r"glow-(\d+)-\w+", folder.name)
-        if owner and not Path(f"/proc/{owner[1]}").exists() and folder.stat().st_uid == os.getuid():
-            shutil.rmtree(folder, ignore_errors=True)
+    return usual if len(usual) <= 23 else "/tmp"

@@ -46,10 +46,10 @@ def test_folders_go_with_their_owner_or_after_it_and_never_before(tmp_path: Path
             if killed:
                 dead.kill()
         assert left.exists() == killed
-        (tmp_path / "glow-scratch-half-made").mkdir()
+        (tmp_path / "glow-tmp-half-made").mkdir()
         with owner(tmp_path)[0]:
             assert not left.exists()
-            assert not (tmp_path / "glow-scratch-half-made").exists()
+            assert not (tmp_path / "glow-tmp-half-made").exists()
             assert kept.exists()
         assert len(list(tmp_path.iterdir())) == 2
     assert living.returncode == 0
