@@ -138,6 +138,6 @@ def _reap(processes: set[psutil.Process]) -> None:
 
 
 def short_folder() -> str:
-    """The folder for temporary files, or /tmp where that is too long for a socket's 107 bytes, of which 64 are Ray's."""
+    """The folder for temporary files, or /tmp where that is too long: of a socket's 107 bytes Ray takes 64."""
     usual = tempfile.gettempdir()
     return usual if len(usual) <= 23 else "/tmp"
