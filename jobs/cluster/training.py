@@ -93,6 +93,7 @@ def _attempt(
 ) -> Row:
     with started(config.cluster) as folder:
         import ray
+        from ray.exceptions import RayError
         from ray.train import TrainingFailedError
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -103,6 +104,8 @@ def _attempt(
             return _followed(_trainer(config, mailbox, work, folder), mailbox, report, config.cluster, patience)
         except TrainingFailedError as error:
             raise _cause(error, config) from error
+        except RayError as error:  # what `fit` ran on went before the mailbox did
+            raise _headless(config.cluster) from error
 
 
 def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> TorchTrainer:
@@ -190,8 +193,12 @@ def _taken(mailbox: Any, cluster: ClusterConfig) -> list[Row]:
     try:
         return ray.get(mailbox.take.remote())
     except RayError as error:
-        what, cure = "Ray's head is gone", "start the cluster again; the same command goes on from the last checkpoint"
-        raise RemoteError(what, where=cluster.address or "this machine", cure=cure) from error
+        raise _headless(cluster) from error
+
+
+def _headless(cluster: ClusterConfig) -> RemoteError:
+    cure = "start the cluster again; the same command goes on from the last checkpoint"
+    return RemoteError("Ray's head is gone", where=cluster.address or "this machine", cure=cure)
 
 
 class _Waiting:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from jobs.cluster.training import Patience
 from jobs.cluster.worker import Report, Row, Stop
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import PipelineError, RemoteError
-from tests.jobs.runs import NOTHING, Traces, followed
+from tests.jobs.runs import ENDLESS, NOTHING, Traces, followed, jobs, settings
 
 FAILURE = {"failed": "ActorDiedError: gone", "trace": "rank 0\nall of it"}
 
@@ -79,4 +80,20 @@ def test_ray_restarts_workers_as_often_as_they_get_further(tmp_path: Path, kind:
     assert end in output.splitlines()[-1], output
     assert "Traceback" not in output
     assert (tmp_path / "tried" / "logs" / "workers.txt").exists() == (kind != "moving")
+    assert traces.left() == NOTHING
+
+
+@pytest.mark.nightly
+def test_a_controller_that_dies_alone_is_a_line(tmp_path: Path) -> None:
+    """As where a head goes bit by bit: what `fit` ran on is gone while the driver's mailbox still answers."""
+
+    def kill(process: psutil.Process, line: str) -> None:
+        if line.startswith("images 160/"):
+            (controller,) = [p for p in process.children(recursive=True) if p.name().startswith("ray::TrainCont")]
+            controller.kill()
+
+    traces = Traces()
+    code, output = followed(jobs("train", *settings(tmp_path, ENDLESS), "--cluster.workers", "2"), kill)
+    assert (code, "Traceback" in output) == (7, False), output
+    assert output.splitlines()[-1].startswith("error: this machine: Ray's head is gone; start the cluster again")
     assert traces.left() == NOTHING
