@@ -22,7 +22,7 @@ SETTINGS = {
     "unix_socket_directories": "",
     "dynamic_shared_memory_type": "mmap",  # files of its folder, gone with it
     "shared_buffers": "32MB",
-    "max_connections": "50",
+    "max_connections": "100",  # MLflow's pools (runs, models, users, ...) may take 15 each
     "fsync": "off",  # what is lost with the machine is a stack for trying things
 }
 

@@ -30,7 +30,7 @@ BOUNDARIES = ("append", "create", "reconcile", "set_aliases", "set_registered_mo
 def processes() -> ForkServerContext:
     """Makes processes that have imported everything; the fork server may be older than this environment."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.promotion", "mlflow"])
+    context.set_forkserver_preload(["pipeline.promotion", "mlflow", "s3fs"])
     return context
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
+import os
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -13,6 +14,7 @@ import pytest
 from pipeline.errors import ConflictError, DataError
 from pipeline.ledger import Entry, Ledger, current
 from pipeline.storage import open_storage, sha256_hex
+from tests.pipeline.races import processes
 
 ENTRY = Entry(
     sequence=0,
@@ -101,8 +103,9 @@ def test_an_own_write_whose_answer_was_lost_has_won(tmp_path: Path) -> None:
     assert book.append([], ENTRY).sequence == 1
 
 
-def race(url: str, number: int, start: Barrier) -> str:
+def race(environment: Mapping[str, str], url: str, number: int, start: Barrier) -> str:
     """One racer: everybody has read the same ledger before anybody writes."""
+    os.environ.update(environment)
     book = Ledger(open_storage(url), "faces")
     seen = book.entries()
     start.wait()
@@ -115,10 +118,10 @@ def race(url: str, number: int, start: Barrier) -> str:
 
 def race_eight(url: str) -> None:
     """Let eight processes race, and expect one entry, whose winner the seven others name."""
-    context = multiprocessing.get_context("spawn")  # a fork server would not know the environment of now
+    context = processes()
     with context.Manager() as manager, ProcessPoolExecutor(8, mp_context=context) as pool:
         start = manager.Barrier(8)
-        found = list(pool.map(race, [url] * 8, range(1, 9), [start] * 8))
+        found = list(pool.map(race, [dict(os.environ)] * 8, [url] * 8, range(1, 9), [start] * 8))
     (entry,) = Ledger(open_storage(url), "faces").entries()
     assert found[entry.version - 1] == "won"
     assert sorted(found) == sorted(["won", *[f"version {entry.version}"] * 7])
