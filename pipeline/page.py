@@ -122,11 +122,11 @@ def _uniformity(report: Report) -> str:
         for level, found in enumerate(report.main.pit, start=1)
     )
     head = (
-        '<tr><th></th><th>Φ of held-out latents</th><th class="n">mean</th><th class="n">12 × var.</th>'
+        '<tr><th></th><th>Φ of latents</th><th class="n">mean</th><th class="n">12 × var.</th>'
         '<th class="n">own p</th></tr>'
     )
     note = (
-        "Flat, with mean 0.5 and 12 × variance 1, where the model is right; a hump: the latents of the data are "
+        "Held-out images: flat, with mean 0.5 and 12 × variance 1, where the model is right; a hump: their latents are "
         "narrower than it takes them for, a bowl: wider. Own p: Kolmogorov and Smirnov's test on its own samples."
     )
     return _card("Data to the standard normal", note, _scrolling(head, rows), "half")
