@@ -79,7 +79,10 @@ class _Pending:
 
 
 class Stream:
-    """A split of a dataset in some order. For one thread at a time; `close` it, or use it as a context."""
+    """A split of a dataset in some order. For one thread at a time; `close` it, or use it as a context.
+
+    So many processes of this node read other rows through the same cache: `beside`, this one among them.
+    """
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class Stream:
         cache_bytes: int,
         threads: int = 0,
         damaged: Policy = "fail",
+        beside: int = 1,
     ) -> None:
         if (order.shards, order.size) != (len(split.shards), split.samples):
             raise ValueError(f"an order of {order.size} samples for a split of {split.samples}")
@@ -99,6 +103,7 @@ class Stream:
         self._cache = ShardCache(storage, cache, cache_bytes, manifest.foreign)
         self._shelf = Shelf(self._cache, split.shards, damaged)
         self._shards = OpenShards(self._shelf, order.window)
+        self._beside = beside
         self._threads = threads or min(4, len(os.sched_getaffinity(0)))
         self._decoders = ThreadPoolExecutor(self._threads, thread_name_prefix="stream-decode")
 
@@ -170,14 +175,19 @@ class Stream:
         """How many batches to run ahead, about a window, and how many shards may be open: two windows of every lane."""
         first, last = (place * self._order.lanes // batch for place in (own.start, max(own.start, own.stop - 1)))
         shards = min(2 * self._order.window * (last - first + 1), len(self._split.shards))
-        needed = int(np.sort(self._split.shards.bytes)[-shards:].sum())
+        needed = self._largest(shards)
         if needed > self._limit:
             found = f"{self._limit / 1e9:.3g} GB of cache for {shards} shards read at a time"
             raise ConfigError(found, where=self._split.name, cure=f"set data.cache_gb to {needed / 1e9:.3g} or more")
-        self._cache.refuse_small_disk(needed)
+        on_node = min(shards * self._beside, 2 * self._order.window * self._order.lanes)
+        self._cache.refuse_small_disk(self._largest(on_node))
         allow_open_files(shards)
         window = self._order.window * self._order.lanes * self.samples // len(self._split.shards)
         return max(DEPTH + 1, window // batch), shards
+
+    def _largest(self, count: int) -> int:
+        """Bytes of the largest shards."""
+        return int(np.sort(self._split.shards.bytes)[-count:].sum())
 
     def _plans(self, start: int, batch: int, own: range, stop: int, count: int) -> Iterator[_Plan]:
         while start < stop:

@@ -251,7 +251,8 @@ def opened(config: TrainConfig, manifest: Manifest, world: World) -> Iterator[tu
     room = int(config.data.cache_gb * 1e9)
     shuffled = Order(learned.shards.samples, config.schedule.batch, config.seed, manifest.window)
     natural = Sequential(held_out.shards.samples)
-    stream = Stream(manifest.storage, manifest, learned, shuffled, cache, room, damaged=config.data.damaged)
+    damaged, beside = config.data.damaged, world.local_size
+    stream = Stream(manifest.storage, manifest, learned, shuffled, cache, room, damaged=damaged, beside=beside)
     unseen = Stream(manifest.storage, manifest, held_out, natural, cache, room)
     try:
         yield stream, unseen

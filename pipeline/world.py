@@ -33,20 +33,22 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
+    """Processes of this node."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     def from_environment(cls, gpu: bool = False) -> World:
-        """Read RANK, WORLD_SIZE, LOCAL_RANK as torchrun and Ray Train set them; ConfigError where a GPU is missing."""
-        rank, size, local = (int(os.environ.get(key, default)) for key, default in _VARIABLES)
+        """Read what torchrun and Ray Train set: RANK, WORLD_SIZE and so on; ConfigError where a GPU is missing."""
+        rank, size, local, beside = (int(os.environ.get(key, default)) for key, default in _VARIABLES)
         if gpu and local >= torch.cuda.device_count():
             found = f"rank {rank} needs GPU {local}, this machine shows {torch.cuda.device_count()}"
             raise ConfigError(found, cure="start fewer workers a machine, or train on the CPU with --cluster.no-gpu")
         device = torch.device("cuda", local) if gpu else torch.device("cpu")
-        return cls(rank=rank, size=size, local_rank=local, device=device)
+        return cls(rank=rank, size=size, local_rank=local, local_size=beside, device=device)
 
 
-_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))
+_VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager

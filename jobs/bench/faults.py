@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from jobs.bench.data import faces, opened_stream, versions
 from jobs.bench.rows import Measurement, Row
 from jobs.stack.processes import free_ports
@@ -60,6 +62,7 @@ def _faulty_rows(options: argparse.Namespace) -> list[Row]:
             "row": row,
             "batch_ms": 1000 * statistics.median(found),
             "x_clean": statistics.median(found) / clean,
+            "p95_ms": 1000 * float(np.quantile(found, 0.95)),
             "worst_ms": 1000 * max(found),
             "repeated": repeated[row],
         }

@@ -7,6 +7,7 @@ process has one client an endpoint, for it carries an event loop.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import random
 import ssl
@@ -23,8 +24,8 @@ from pipeline.storage.base import Keys, MissingError, Storage, checked_key, room
 
 T = TypeVar("T")
 
-ATTEMPTS = 3
-"""Tries of one S3 operation here, on top of the client's own retries of single requests."""
+ATTEMPTS, BODIES = 3, 6
+"""Tries of one S3 operation here, on top of the client's own retries of single requests; and where bodies break off."""
 
 GREETING_SECONDS, GREETINGS = 2.5, 2
 """How long, and how often, a process that first turns to an S3 server waits for anybody to be there."""
@@ -97,19 +98,27 @@ def _retried(where: str, attempt: Callable[[], T]) -> T:
     from aiohttp import ClientError
     from botocore.exceptions import BotoCoreError
 
-    for left in reversed(range(ATTEMPTS)):
+    for number in itertools.count(1):
         try:
             return attempt()
         except (OSError, ClientError, BotoCoreError, TimeoutError) as error:
             final = _final(error, where)
             if final is not None:
                 raise final from error
-            if left == 0:
-                what = f"no success in {ATTEMPTS} attempts ({type(error).__name__})"
+            broken = _broke_off(error)
+            if number >= (BODIES if broken and not _silent(error) else ATTEMPTS):
+                what = f"no success in {number} attempts ({type(error).__name__})"
                 raise RemoteError(what, where=where, cure="check the endpoint, network and credentials") from error
-            _connection().failed += _broke_off(error)
-        time.sleep(random.random() * 2 ** (ATTEMPTS - left))
+            _connection().failed += broken
+        time.sleep(random.random() * 2 ** min(number, 2))
     raise AssertionError("unreachable")
+
+
+def _silent(error: BaseException) -> bool:
+    """Whether nothing came for so long that waiting again is no use."""
+    from botocore.exceptions import ReadTimeoutError
+
+    return isinstance(error, (TimeoutError, ReadTimeoutError))
 
 
 def _broke_off(error: BaseException) -> bool:

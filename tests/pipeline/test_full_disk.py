@@ -57,6 +57,11 @@ FILLED = FRAME.format(
 FILLED = f"import shutil\nimport numpy as np\n{FILLED}"
 
 
+NODE = FRAME.replace("(6,) * 40, 11, 5)", "(6,) * 40, 10, 5)").replace("1 << 30)", "1 << 30, beside=int(sys.argv[3]))")
+NODE = NODE.format(body="next(stream.batches(0, 10, slice(0, 2)))")
+"""A rank's lane, one of five."""
+
+
 @pytest.fixture(params=["folder", "s3"])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     url = str(tmp_path / "data") if request.param == "folder" else f"{request.getfixturevalue('s3')}/small"
@@ -64,8 +69,8 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url
 
 
-def on_a_disk_of(kib: int, disk: Path, program: str, where: str) -> subprocess.CompletedProcess[str]:
-    command = with_small_disk(disk, kib, [sys.executable, "-c", program, where, str(disk / "cache")])
+def on_a_disk_of(kib: int, disk: Path, program: str, where: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = with_small_disk(disk, kib, [sys.executable, "-c", program, where, str(disk / "cache"), *words])
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -84,3 +89,14 @@ def test_a_full_disk_evicts_and_goes_on_or_ends_in_a_line(where: str, tmp_path: 
     assert filled.returncode == 3, filled.stderr
     assert "no space left for train-0000" in filled.stderr.splitlines()[-1]
     assert filled.stderr.splitlines()[-1].endswith("make room there, or set data.cache to a folder on a larger disk")
+
+
+def test_a_disk_too_small_for_all_processes_of_a_node_is_refused(tmp_path: Path) -> None:
+    """Room for 12 shards: a process opens 8 at a time, five together 40."""
+    build(open_storage(str(tmp_path / "data")), COUNTS)
+    disk = tmp_path / "disk"
+    if unmountable := cannot_mount(disk):
+        pytest.skip(f"no small disk can be made here ({unmountable})")
+    node = on_a_disk_of(240, disk, NODE, str(tmp_path / "data"), "5")
+    assert (node.returncode, node.stderr.count("\n")) == (3, 1), node.stderr
+    assert "GB of disk for shards of 0.000819 GB that are read at a time" in node.stderr

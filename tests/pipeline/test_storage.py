@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError, ConflictError, DataError, RemoteError, UsageError
 from pipeline.storage import MissingError, Storage, canonical_json, checked_key, open_storage, sha256_file, sha256_hex
+from pipeline.storage.s3 import filesystem
 
 BACKENDS = ("folder", "s3")
 
@@ -188,6 +189,17 @@ def test_temporary_files_are_not_keys(tmp_path: Path) -> None:
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".hidden" / "key").write_bytes(b"")
     assert storage.list() == []
+
+
+def test_virtual_hosts_as_the_aws_configuration_asks(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bucket becomes part of the host's name; whether that name leads anywhere is the network's business."""
+    (tmp_path / "config").write_text("[default]\ns3 =\n  addressing_style = virtual\n")
+    server = os.environ["AWS_ENDPOINT_URL"].replace("127.0.0.1", "localhost")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    assert filesystem().url("tests/x").startswith(f"{server}/tests/x?")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"{server}/")
+    assert filesystem().url("tests/x").startswith(f"{server.replace('//', '//tests.')}/x?")
 
 
 def test_a_missing_bucket_is_named(s3: str) -> None:

@@ -64,10 +64,11 @@ def opened(
     room: int = ROOM,
     threads: int = 2,
     damaged: Policy = "fail",
+    beside: int = 1,
 ) -> Stream:
     manifest = open_manifest(storage)
     train = manifest.split("train")
-    return Stream(storage, manifest, train, order or Order(SHARDS, BATCH, 5), cache, room, threads, damaged)
+    return Stream(storage, manifest, train, order or Order(SHARDS, BATCH, 5), cache, room, threads, damaged, beside)
 
 
 def check(batch: Batch) -> None:
