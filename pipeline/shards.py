@@ -37,7 +37,8 @@ IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "raw")
 META_FIELDS = {"attributes", "label", "source", "source_sha256"}
 RAW = "raw"
 CURE = tar.CURE
-
+HEADERS = 1 << 15
+"""Bytes read at a time where headers are looked for: small samples have several in them."""
 
 Ints = np.ndarray[Any, np.dtype[np.int64]]
 Place = tuple[int, int]
@@ -137,7 +138,9 @@ class ShardIndex:
 
     def read(self, row: int) -> tuple[bytes, dict[str, Any]]:
         """Return the image file and the metadata of a row; `DataError` where the metadata is not what we write."""
-        image, meta, *label = (self._bytes(*place) for place in self.places[row].tolist())
+        places = self.places[row].tolist()
+        own = self._foreign is None
+        image, meta, *label = self._neighbours(*places) if own else [self._bytes(*place) for place in places]
         try:
             described = _meta(meta) if self._foreign is None else self._foreign.describe(meta, label[0])
         except ValueError as error:
@@ -147,6 +150,12 @@ class ShardIndex:
     def close(self) -> None:
         """Let the file go."""
         self._file.close()
+
+    def _neighbours(self, image: Place, meta: Place) -> list[bytes]:
+        """Image and metadata of one of our own samples, by one read: in its shard they lie side by side."""
+        start = min(image[0], meta[0])
+        data = self._bytes(start, max(sum(image), sum(meta)) - start)
+        return [data[offset - start : offset - start + length] for offset, length in (image, meta)]
 
     def _bytes(self, offset: int, length: int) -> bytes:
         data = os.pread(self._file.fileno(), length, offset)
@@ -163,7 +172,7 @@ def open_shard(path: Path, expected_samples: int, name: str = "", foreign: Forei
     """
     name = name or path.name
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("rb"))
+        file = stack.enter_context(path.open("rb", buffering=HEADERS))
         place = _own if foreign is None else place_foreign
         found = [place(key, fields, name) for key, fields in grouped(file, name, foreign=foreign is not None)]
         if len(found) != expected_samples:
@@ -187,7 +196,7 @@ def decode(data: bytes, size: int, channels: int, encoding: str = "png") -> np.n
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"image does not decode ({type(error).__name__})", cure=CURE) from error
-    return np.ascontiguousarray(pixels.reshape(size, size, channels).transpose(2, 0, 1))
+    return pixels.reshape(size, size, channels).transpose(2, 0, 1)
 
 
 def grouped(file: BinaryIO, name: str, *, foreign: bool) -> Iterator[tuple[str, Fields]]:

@@ -239,12 +239,12 @@ class Stream:
 
     def _decode(self, plan: _Plan, indices: dict[int, Future[Opened]], batch: Batch, begin: int, end: int) -> None:
         pixels, labels, attributes = batch.pixels.numpy(), batch.labels.numpy(), batch.attributes.numpy()
-        form = self._manifest.image
-        for place in range(begin, end):
-            shard, row = int(plan.shards[place]), int(plan.rows[place])
+        form, stand_ins = self._manifest.image, batch.stand_ins.numpy()
+        shards, rows = plan.shards[begin:end].tolist(), plan.rows[begin:end].tolist()
+        for place, shard, row in zip(range(begin, end), shards, rows, strict=True):
             opened = indices[shard].result()
             data, meta = opened.read(row)
-            batch.stand_ins[place] = opened.damaged
+            stand_ins[place] = opened.damaged
             try:
                 pixels[place] = decode(data, form.size, form.channels, form.encoding)
                 labels[place], attributes[place] = self._described(meta)

@@ -38,7 +38,8 @@ def members(file: BinaryIO, where: str, *, foreign: bool = False) -> Iterator[Me
     """
     length, position, count, name = os.fstat(file.fileno()).st_size, 0, 0, ""
     while True:
-        header = os.pread(file.fileno(), BLOCK, position)
+        file.seek(position)
+        header = file.read(BLOCK)
         if header.count(0) == BLOCK:
             break
         kind, given, size = _parsed(header, f"{where}: header {count} at byte {position}")
