@@ -12,16 +12,18 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
 from pipeline.config import ClusterConfig
-from pipeline.errors import Interrupted
+from pipeline.errors import ConfigError, Interrupted, RemoteError
 from pipeline.scratch import scratch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -41,17 +43,26 @@ ENVIRONMENT = {
 }
 """What Ray reads at start; every variable is put back afterwards."""
 
+KNOCK_SECONDS = 5.0
+"""How long a head may take to be connected to, and again to answer."""
+
+CURE = "start the cluster, or name its head: --cluster.address HOST:PORT"
+
+HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""What a client of HTTP/2, so of gRPC, says first; the answer is a frame of settings (type 4) as well."""
+
 
 @contextlib.contextmanager
 def started(cluster: ClusterConfig) -> Iterator[Path]:
     """Ray, connected or started here, and a folder for what it writes; all of it gone afterwards."""
+    knock(os.environ.get("RAY_ADDRESS", "auto") if cluster.address == "auto" else cluster.address)
     others = set(psutil.Process().children(recursive=True))
     quiet = contextlib.redirect_stdout(io.StringIO())
     with _signals_kept(), scratch(short_folder()) as folder, _environment(cluster, folder), quiet:
         import ray
 
         try:
-            ray.init(**_place(cluster, folder), log_to_driver=False, logging_level=logging.CRITICAL)
+            _connect(cluster, folder)
             _unwind_on_signals()
             yield folder / "train"
         finally:
@@ -60,6 +71,38 @@ def started(cluster: ClusterConfig) -> Iterator[Path]:
             ours = set(psutil.Process().children(recursive=True)) - others
             ray.shutdown()
             _reap(ours)
+
+
+def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
+    """RemoteError where no head answers: `ray.init` would wait for one for ever, and has no limit to set."""
+    if address in ("", "auto"):
+        return  # Ray is started here, or looks itself for one that runs here
+    try:
+        place = urlsplit(address if "://" in address else f"ray://{address}")
+        host, port = place.hostname, place.port
+    except ValueError:
+        host = port = None
+    if not host or not port:
+        raise ConfigError("not the address of a Ray head", where=address, cure="HOST:PORT, or auto")
+    try:
+        with socket.create_connection((host, port), seconds) as connection:
+            if os.environ.get("RAY_USE_TLS", "0").lower() in ("1", "true"):
+                return  # what listens is left to Ray
+            connection.sendall(HELLO)
+            answer = connection.recv(9)
+    except OSError as error:
+        raise RemoteError(f"no Ray head answers ({error})", where=address, cure=CURE) from error
+    if answer[3:4] != b"\4":
+        raise RemoteError("what answers is no Ray head", where=address, cure=CURE)
+
+
+def _connect(cluster: ClusterConfig, folder: Path) -> None:
+    import ray
+
+    try:
+        ray.init(**_place(cluster, folder), log_to_driver=False, logging_level=logging.CRITICAL)
+    except ConnectionError as error:
+        raise RemoteError("no Ray cluster found", where=cluster.address, cure=CURE) from error
 
 
 def _place(cluster: ClusterConfig, folder: Path) -> dict[str, Any]:
