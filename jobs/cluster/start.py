@@ -5,6 +5,7 @@ Ray is imported inside functions: its core reads the variables of `_environment`
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import io
@@ -13,6 +14,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +54,10 @@ HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 """What a client of HTTP/2, so of gRPC, says first; the answer is a frame of settings (type 4) as well."""
 
 
+class HeadLostError(RemoteError):
+    """Ray's head was there and is gone."""
+
+
 @contextlib.contextmanager
 def started(cluster: ClusterConfig) -> Iterator[Path]:
     """Ray, connected or started here, and a folder for what it writes; all of it gone afterwards."""
@@ -69,8 +75,19 @@ def started(cluster: ClusterConfig) -> Iterator[Path]:
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)  # what is being torn down is torn down
             ours = set(psutil.Process().children(recursive=True)) - others
-            ray.shutdown()
+            if cluster.address and isinstance(error := sys.exception(), HeadLostError):
+                # Without its head Ray's core takes 5 s to shut down, may end this process with 1 meanwhile, and
+                # left alone faults in its destructors: so this process is to end without them.
+                atexit.register(_leave, error.exit_code)
+            else:
+                ray.shutdown()
             _reap(ours)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster.start import SIGNALS, started
+from jobs.cluster.start import SIGNALS, HeadLostError, started
 from jobs.cluster.worker import Mailbox, Report, Row, Work, counted, final, first_of, loop, traces_of, train_worker
 from pipeline.config import ClusterConfig, TrainConfig
-from pipeline.errors import ConfigError, PipelineError, RemoteError, interruption
+from pipeline.errors import ConfigError, PipelineError, interruption
 from pipeline.storage import open_storage
 
 if TYPE_CHECKING:
@@ -196,9 +196,9 @@ def _taken(mailbox: Any, cluster: ClusterConfig) -> list[Row]:
         raise _headless(cluster) from error
 
 
-def _headless(cluster: ClusterConfig) -> RemoteError:
+def _headless(cluster: ClusterConfig) -> HeadLostError:
     cure = "start the cluster again; the same command goes on from the last checkpoint"
-    return RemoteError("Ray's head is gone", where=cluster.address or "this machine", cure=cure)
+    return HeadLostError("Ray's head is gone", where=cluster.address or "this machine", cure=cure)
 
 
 class _Waiting:

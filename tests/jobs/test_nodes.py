@@ -115,9 +115,8 @@ def test_a_node_is_lost_then_the_head_and_a_node_gives_notice(cluster: Nodes, tm
     measured("R3", "fixed: from a killed node to the line that says what is waited for", seconds, "s")
     cluster.kill("head")
     code, last = fixed.end()
-    if code != 1:  # now and then Ray's own core ends the process before it can say so (docs/reliability.md)
-        assert (code, last.count("\n")) == (7, 1), "".join(fixed.lines[-40:])
-        assert last.startswith(f"error: {cluster.address}: Ray's head is gone; start the cluster again")
+    assert (code, last.count("\n")) == (7, 1), "".join(fixed.lines[-40:])
+    assert last.startswith(f"error: {cluster.address}: Ray's head is gone; start the cluster again")
     assert "Traceback" not in "".join(fixed.lines)
 
     cluster.kill("n1")
