@@ -28,7 +28,7 @@ from pipeline.storage import Storage, canonical_json, sha256_file, sha256_hex
 from pipeline.workers import OrderedMap
 
 MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
-CURE = "pack the images anew: data prepare SOURCE DEST --size N"
+CURE = "pack the images anew: data prepare SOURCE DEST --size N, with --convert where alpha or 16 bits must go"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,8 @@ def _form(data: bytes, where: str) -> Image:
     """What an image is; those that every decoder would read in its own way are refused."""
     header = inspect(data, where)
     if header.width != header.height or not header.plain:
-        raise DataError(
-            f"{header.width}x{header.height} {header.mode}, expected a square L or RGB", where=where, cure=CURE
-        )
+        found = f"{header.width}x{header.height} {header.mode}{'' if header.plain else ' with alpha, CMYK or 16 bits'}"
+        raise DataError(f"{found}, expected a square L or RGB of 8 bits", where=where, cure=CURE)
     encoding = next((name for magic, name in MAGIC.items() if data.startswith(magic)), "")
     if not encoding:
         raise DataError("not PNG, JPEG or WebP", where=where, cure=CURE)

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 from pipeline import manifest
 from pipeline.errors import DataError
+from pipeline.shards import deep
 from pipeline.storage import sha256_hex
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
@@ -47,13 +48,8 @@ def inspect(data: bytes, where: str) -> Header:
             raise DataError(f"{width}x{height}, {getattr(image, 'n_frames', 1)} frames: too much", where=where)
         opaque = "transparency" not in image.info
         mode = "RGB" if image.mode == "P" else "L" if image.mode == "1" else image.mode
-        plain = mode in ("L", "RGB") and opaque and not _deep(data)
+        plain = mode in ("L", "RGB") and opaque and not deep(data)
         return Header(sha256=sha256_hex(data), width=width, height=height, mode=mode, plain=plain)
-
-
-def _deep(data: bytes) -> bool:
-    """Say whether this is a PNG of 16 bits a channel: Pillow drops the lower 8 of a coloured one without a word."""
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"
 
 
 def load(data: bytes, target: Target, where: str) -> np.ndarray:

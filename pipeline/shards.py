@@ -37,6 +37,7 @@ IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "raw")
 META_FIELDS = {"attributes", "label", "source", "source_sha256"}
 RAW = "raw"
 CURE = tar.CURE
+SHALLOW = "pack the images anew: data prepare SOURCE DEST --convert keeps the upper 8 bits"
 HEADERS = 1 << 15
 """Bytes read at a time where headers are looked for: small samples have several in them."""
 
@@ -193,10 +194,17 @@ def decode(data: bytes, size: int, channels: int, encoding: str = "png") -> np.n
             if image.size != (size, size) or image.mode != mode:
                 found = f"{image.width}x{image.height} {image.mode}"
                 raise DataError(f"image is {found}, expected {size}x{size} {mode}", cure=CURE)
+            if deep(data):
+                raise DataError("image has 16 bits a channel, expected 8", cure=SHALLOW)
             pixels = np.asarray(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"image does not decode ({type(error).__name__})", cure=CURE) from error
     return pixels.reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def deep(data: bytes) -> bool:
+    """Say whether this is a PNG of 16 bits a channel: Pillow drops the lower 8 of a coloured one without a word."""
+    return data[24:25] == b"\x10" and data.startswith(b"\x89PNG\r\n\x1a\n")
 
 
 def grouped(file: BinaryIO, name: str, *, foreign: bool) -> Iterator[tuple[str, Fields]]:

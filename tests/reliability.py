@@ -74,6 +74,7 @@ PROMISES = (
     Promise("R7", "over failures",
             "in the history that survives each sample comes exactly once an epoch",
             ("pipeline/test_elastic.py::test_every_sample_once_over_kills_and_other_numbers_of_ranks",
+             "jobs/test_train.py::test_the_loop_learns_each_sample_once_over_kills_and_other_numbers_of_ranks",
              "pipeline/test_order.py::test_resuming_anywhere_equals_not_stopping")),
     Promise("R8", "a crash before any single write, rename, link or removal of a save",
             "the last committed checkpoint loads",

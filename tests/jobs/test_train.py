@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
 import signal
@@ -19,6 +19,8 @@ from jobs.__main__ import main
 from jobs.preflight import gpu_room, refuse_full, worker_bytes
 from pipeline.config import MemoryConfig, TrainConfig
 from pipeline.errors import ConfigError
+from pipeline.spool import parse_rows
+from pipeline.storage import open_storage
 from tests.jobs.runs import (
     NOTHING,
     Traces,
@@ -30,8 +32,10 @@ from tests.jobs.runs import (
     place,
     settings,
     tensors_of,
+    upload,
 )
 from tests.reliability import measured
+from tests.running import RunningStack
 
 IMAGES = 2400
 
@@ -46,9 +50,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "runs" / "plain"
 
 
-def resumed(run: Path) -> list[int]:
+def resumed(run: Path | str) -> list[int]:
     """Where a run went on, time and again."""
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = parse_rows(open_storage(str(run)).read("events.jsonl"))
     return [event["images"] for event in events if event["kind"] == "resumed"]
 
 
@@ -70,6 +74,47 @@ def test_torchrun_on_two_processes_learns_the_same(plain: Path, tmp_path: Path) 
     assert code == 0, output
     assert output.count(f"images {IMAGES}/{IMAGES}") == 1, "rank 0 alone speaks"
     assert tensors_of(tmp_path / "runs" / "two") == tensors_of(plain)
+
+
+def torchrun(workers: int, words: list[str], kill: tuple[str, str] = ("never", "")) -> tuple[int, str]:
+    """Train on so many real ranks; at a line with the one word SIGKILL for the rank of the other."""
+
+    def strike(launcher: psutil.Process, line: str) -> None:
+        if kill[0] in line:
+            (rank,) = (each for each in launcher.children() if each.environ().get("RANK") == kill[1])
+            rank.kill()
+
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(workers), "-m", "jobs"]
+    return followed([sys.executable, *launcher, "train", *words], strike)
+
+
+@pytest.mark.nightly
+def test_the_loop_learns_each_sample_once_over_kills_and_other_numbers_of_ranks(
+    stack: RunningStack, s3: str, tmp_path: Path
+) -> None:
+    """Promise R7, from the stack's S3 and into it: 2 ranks, kill -9, 3 ranks, kill -9 of the first, 1 rank.
+
+    What the loop learned shows in its tensors: noise and gradient are those of the samples of each batch, so a sample
+    left out, learned twice or in another batch gives other bits than the run of one rank that nobody stopped.
+    """
+    assert stack.s3_environment["AWS_ENDPOINT_URL"] == os.environ["AWS_ENDPOINT_URL"]
+    images, runs = 960, f"{s3}/ranks/runs"
+    words = [*settings(tmp_path, images), "--schedule.leaf", "4", "--cluster.lease-s", "5"]
+    words += ["--data.prefix", upload(f"{s3}/ranks/data"), "--storage", runs]
+    code, output = torchrun(1, [*words, "--name", "calm"])
+    assert code == 0, output
+    words += ["--name", "killed"]
+    for workers, line, rank in ((2, "images 320/", "1"), (3, "images 640/", "0")):
+        code, output = torchrun(workers, words, (line, rank))
+        assert code != 0, output
+    code, output = torchrun(1, words)
+    assert code == 0, output
+    first, second = resumed(f"{runs}/killed")
+    assert 160 <= first <= 320 < 480 <= second <= 640, "at most an interval lost"
+    rows = parse_rows(open_storage(f"{runs}/killed").read("metrics.jsonl"))
+    places = [row["images"] for row in rows if "train/bits_per_dim" in row["metrics"]]
+    assert places == list(range(160, images + 1, 160)), "a line of positions without gap or step back"
+    assert tensors_of(f"{runs}/killed") == tensors_of(f"{runs}/calm")
 
 
 def test_two_ray_workers_and_a_kill_learn_the_same(plain: Path, tmp_path: Path, traces: Traces) -> None:

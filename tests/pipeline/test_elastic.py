@@ -1,4 +1,8 @@
-"""Exactly once an epoch in real processes that are killed and come back in other numbers; what each node fetches."""
+"""Exactly once an epoch in real processes that are killed and come back in other numbers; what each node fetches.
+
+The S3 server is the stack's own program, Ceph RGW, started by the stack's code (`jobs/stack/ceph.py`); it is the very
+server of the stack where the session has one. The loop itself does the same under torchrun in tests/jobs/test_train.py.
+"""
 
 from __future__ import annotations
 

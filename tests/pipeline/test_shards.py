@@ -186,9 +186,17 @@ def encoded(pixels: np.ndarray, **settings: object) -> bytes:
 
 def png_that_claims(width: int, height: int) -> bytes:
     """A tiny file that says it is huge."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunk = b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    return PNG[:8] + struct.pack(">I", 13) + chunk + PNG[33:]
+    return PNG[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + PNG[33:]
+
+
+def png_of_16_bits(side: int) -> bytes:
+    """A coloured PNG of 16 bits a channel, which Pillow opens as RGB."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 16, 2, 0, 0, 0))
+    return PNG[:8] + header + chunk(b"IDAT", zlib.compress(bytes(side * (1 + 6 * side)))) + chunk(b"IEND", b"")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 GREY = np.zeros((4, 4), dtype=np.uint8)
@@ -207,6 +215,7 @@ GREY = np.zeros((4, 4), dtype=np.uint8)
         (encoded(np.zeros((4, 4, 3), np.uint8), format="PNG")[:-30], "does not decode"),
         (png_that_claims(4, 100_000_000), "4x100000000 RGB, expected|does not decode"),
         (png_that_claims(4, 4), "does not decode"),
+        (png_of_16_bits(4), r"16 bits a channel, expected 8.*data prepare SOURCE DEST --convert"),
     ],
 )
 def test_images_that_are_not_what_they_should_be_are_refused(data: bytes, message: str) -> None:

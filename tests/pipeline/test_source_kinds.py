@@ -25,6 +25,7 @@ from pipeline.stream import Stream
 from pipeline.verify import problems
 from tests.pipeline import layouts
 from tests.pipeline.layouts import LAYOUTS, Expected
+from tests.pipeline.test_shards import png_of_16_bits
 
 HQ = "CelebAMask-HQ"
 
@@ -189,6 +190,12 @@ def test_shards_that_no_batch_can_hold_are_not_taken_in_place(tmp_path: Path) ->
         layouts.add(archive, "2.png", other)
     with pytest.raises(DataError, match=r"train-000001\.tar.*2: image is 8x8 RGB, expected 32x32 RGB"):
         survey(storage, "auto", 0, "", map, lambda images: None)
+    for before in ([layouts.png(layouts.pixels_of(1))], []):
+        with tarfile.open(tmp_path / "train-000001.tar", "w") as archive:
+            for number, data in enumerate([*before, png_of_16_bits(32)]):
+                layouts.add(archive, f"{number}.png", data)
+        with pytest.raises(DataError, match=r"train-000001\.tar.*16 bits.*--convert"):
+            survey(storage, "auto", 0, "", map, lambda images: None)
 
 
 def test_crc32c_of_known_strings() -> None:
