@@ -137,6 +137,7 @@ def test_the_fingerprint_of_a_tree_is_final() -> None:
         ("optim.ema_halflife", 0, "ema_halflife is 0"),
         ("cluster.workers", 5, "5 workers for 4 leaves"),
         ("cluster.min_workers", 1, "cluster.min_workers is 1"),
+        ("cluster.address", "10.0.0.1:6379", "cluster.workers is 0"),
         ("name", "a/b", "name is 'a/b'"),
         ("name", "", "name is ''"),
     ],
