@@ -298,8 +298,8 @@ def refuse_impossible(config: TrainConfig) -> None:
          "at most batch / leaf workers have work"),
         (not 0 <= config.cluster.min_workers <= config.cluster.workers,
          f"cluster.min_workers is {config.cluster.min_workers}", "from 0 to cluster.workers"),
-        (config.cluster.address != "" and not config.cluster.workers, "cluster.address is given and cluster.workers is 0",
-         "--cluster.workers N; 0 trains in this process"),
+        (bool(config.cluster.address) and config.cluster.workers == 0,
+         "cluster.address is given and cluster.workers is 0", "--cluster.workers N; 0 trains in this process"),
         (not config.name or "/" in config.name or config.name.startswith("."), f"name is {config.name!r}",
          "a folder name"),
     ):  # fmt: skip
