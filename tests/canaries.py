@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from jobs.stack import postgres
 from jobs.stack.processes import belonging, inherited
-from jobs.stack.services import _postgres_program
 from jobs.stack.state import Stack
 from tests.running import RunningStack
 
@@ -97,7 +97,7 @@ def dump(stack: Stack) -> bytes:
     """MLflow's whole database: params, tags, metrics, models, and who may do what."""
     address = ["-h", "127.0.0.1", "-p", str(stack.state.ports["postgres"]), "-U", "glow"]
     environment = {**inherited(), "PGPASSWORD": stack.credentials["postgres_password"]}
-    commands = [[str(_postgres_program("pg_dump")), *address, name] for name in ("mlflow", "mlflow_auth")]
+    commands = [[str(postgres.program("pg_dump")), *address, name] for name in ("mlflow", "mlflow_auth")]
     done = [subprocess.run(words, env=environment, capture_output=True, check=True) for words in commands]
     return b"".join(each.stdout for each in done)
 
