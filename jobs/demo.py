@@ -145,8 +145,8 @@ class Demo:
 
     def trained(self) -> TrainedRun | None:
         """The finished run of this very configuration; None where there is none, or it has not come to its end."""
-        from pipeline.config import fingerprint
         from pipeline.export import read_run
+        from pipeline.fingerprint import fingerprint
         from pipeline.train import resolved
 
         config = resolved(self.config, self.manifest)
@@ -242,31 +242,17 @@ class Demo:
 
     def show(self) -> str:
         """samples.png and report.html, from the champion loaded by its alias."""
-        from jobs.showcase import artifact_in, artifact_of, png, samples
+        from jobs.showcase import artifact_in, artifact_of, keep_picture, keep_report
+        from pipeline.registry import ModelRegistry
 
         champion = self.champion()
         assert champion is not None, "stages run in order"
         picture, report = self.folder / "samples.png", self.folder / "report.html"
         if artifact_in(picture) != champion.digest:
-            _replace(picture, png(samples(champion), champion.digest))
+            keep_picture(picture, champion)
         if artifact_of(report.with_suffix(".json")) != champion.digest:
-            self._report(champion, report)
+            keep_report(report, champion, self.review, ModelRegistry(self.uri).ledger(self.name).entries())
         return f"{picture} and {report}"
-
-    def _report(self, champion: LoadedModel, path: Path) -> None:
-        from pipeline.gates import Result
-        from pipeline.page import as_html
-        from pipeline.registry import ModelRegistry
-        from pipeline.report import as_json
-        from pipeline.storage import canonical_json
-
-        entries = ModelRegistry(self.uri).ledger(self.name).entries()
-        entry = next(entry for entry in reversed(entries) if entry.digest == champion.digest)
-        gates = [Result(**result) for result in entry.gates]
-        lineage = {**self.review.lineage, "artifact": champion.digest, "version": str(entry.version)}
-        full = replace(self.review, gates=gates, lineage=lineage)
-        _replace(path, as_html(full).encode())
-        _replace(path.with_suffix(".json"), canonical_json(as_json(full)))  # last: it says that the page is there
 
     def outlook(self, again: bool) -> str:
         """What is there and what a run of the demo would make."""
@@ -308,10 +294,3 @@ def _python() -> str:
         return "python"
     place = os.path.relpath(sys.executable)
     return sys.executable if place.startswith("..") else place
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    from pipeline.storage import open_storage
-
-    open_storage(str(path.parent)).write(path.name, data)

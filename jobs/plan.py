@@ -12,7 +12,8 @@ from glow import Flow, Glow, GlowConfig, RealNVPConfig, make_flow
 from glow.budget import Plan, level_costs, plan_of, plans
 from glow.flops import step_flops
 from pipeline.anchors import budget, nets_dtype, planned
-from pipeline.config import TrainConfig, fingerprint
+from pipeline.config import TrainConfig
+from pipeline.fingerprint import fingerprint
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.order import Order
 from pipeline.storage import open_storage

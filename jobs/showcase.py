@@ -1,10 +1,11 @@
-"""The demo's pictures: what a champion draws, and the note in each file of the artifact it was made from."""
+"""The demo's pictures and report: what a champion draws and is worth, each file naming the artifact it is about."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from pipeline.grids import BACKGROUND, Column, sample_grid, temperature_columns
 
 if TYPE_CHECKING:
+    from pipeline.ledger import Entry
     from pipeline.model import LoadedModel
+    from pipeline.report import Report
 
 ROWS = 5
 TEMPERATURES, TEMPERATURE = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), 0.6
@@ -62,12 +65,26 @@ def plain_seeds(champion: LoadedModel, requests: Sequence[str]) -> list[int]:
     return sorted(torch.argsort(met, stable=True)[:ROWS].tolist())
 
 
-def png(picture: Image.Image, artifact: str) -> bytes:
-    """PNG bytes that say which artifact they were drawn from."""
+def keep_picture(path: Path, champion: LoadedModel) -> None:
+    """Write `samples` as a PNG that says which artifact it was drawn from."""
     note, data = PngInfo(), io.BytesIO()
-    note.add_text("artifact", artifact)
-    picture.save(data, "PNG", pnginfo=note)
-    return data.getvalue()
+    note.add_text("artifact", champion.digest)
+    samples(champion).save(data, "PNG", pnginfo=note)
+    _replace(path, data.getvalue())
+
+
+def keep_report(path: Path, champion: LoadedModel, found: Report, entries: Sequence[Entry]) -> None:
+    """Write a review with the gates that the champion passed, by the ledger, as a page and as JSON beside it."""
+    from pipeline.gates import Result
+    from pipeline.page import as_html
+    from pipeline.report import as_json
+    from pipeline.storage import canonical_json
+
+    entry = next(entry for entry in reversed(entries) if entry.digest == champion.digest)
+    lineage = {**found.lineage, "artifact": champion.digest, "version": str(entry.version)}
+    full = replace(found, gates=[Result(**result) for result in entry.gates], lineage=lineage)
+    _replace(path, as_html(full).encode())
+    _replace(path.with_suffix(".json"), canonical_json(as_json(full)))  # last: it says that the page is there
 
 
 def artifact_in(path: Path) -> str:
@@ -81,3 +98,10 @@ def artifact_in(path: Path) -> str:
 def artifact_of(path: Path) -> str:
     """The artifact a report is about; '' where there is no report."""
     return json.loads(path.read_bytes())["lineage"].get("artifact", "") if path.exists() else ""
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    from pipeline.storage import open_storage
+
+    open_storage(str(path.parent)).write(path.name, data)

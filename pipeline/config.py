@@ -20,10 +20,6 @@ from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from glow import FlowConfig, GlowConfig, RealNVPConfig
 from pipeline.errors import ConfigError
-from pipeline.storage import canonical_json, sha256_hex
-
-ALGORITHM_VERSION = 2
-"""Raised by hand when the same configuration would learn something else; part of every fingerprint."""
 
 STRICT = {"extra": "forbid"}
 
@@ -239,38 +235,6 @@ def config_of(overrides: dict[str, Any], where: str, base: TrainConfig | None = 
 def write_config(config: TrainConfig) -> str:
     """The whole tree as TOML; `read_config` of it gives an equal tree."""
     return tomli_w.dumps(json.loads(json.dumps(dataclasses.asdict(config))))
-
-
-def decisive(config: TrainConfig, data_digest: str) -> dict[str, Any]:
-    """All that decides what is learned, and nothing else, under flat names; `config.model` must be resolved.
-
-    Reduction, anchors, cluster, names and places are left out: they may change between two attempts at one run.
-    """
-    schedule = config.schedule
-    return {
-        "algorithm": ALGORITHM_VERSION,
-        "data.digest": data_digest,
-        "data.train": config.data.train,
-        "data.bits": config.data.bits,
-        **{f"model.{name}": value for name, value in config.model.settings().items()},
-        **{f"optim.{name}": value for name, value in _decisive(config.optim).items()},
-        "schedule.batch": schedule.batch,
-        "schedule.leaf": schedule.leaf,
-        "schedule.init_images": schedule.init_images,
-        "schedule.images": schedule.images if config.optim.decay == "cosine" else None,
-        "seed": config.seed,
-        **({} if config.memory.nets == "float32" else {"memory.nets": config.memory.nets}),
-    }
-
-
-def fingerprint(config: TrainConfig, data_digest: str) -> str:
-    """sha256 of what `decisive` gives."""
-    return sha256_hex(canonical_json(decisive(config, data_digest)))
-
-
-def _decisive(optim: OptimConfig) -> dict[str, Any]:
-    tree, defaults = dataclasses.asdict(optim), dataclasses.asdict(OptimConfig())
-    return {name: tree[name] for name in tree if name not in optim.later or tree[name] != defaults[name]}
 
 
 def refuse_impossible(config: TrainConfig) -> None:

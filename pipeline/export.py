@@ -17,9 +17,10 @@ from torch import Tensor
 
 from glow import Flow, attribute_directions, make_flow
 from pipeline.checkpoint import accepting, load_latest
-from pipeline.config import DataConfig, TrainConfig, decisive, fingerprint, read_config
+from pipeline.config import DataConfig, TrainConfig, read_config
 from pipeline.errors import ConfigError, UsageError
 from pipeline.evaluate import BATCH, NOISE_SEED
+from pipeline.fingerprint import decisive, fingerprint
 from pipeline.golden import EXAMPLES, decoder
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.config import fingerprint
 from pipeline.errors import PipelineError
 from pipeline.export import TrainedRun, read_run
+from pipeline.fingerprint import fingerprint
 from pipeline.manifest import open_manifest
 from pipeline.model import LoadedModel, weights_of
 from pipeline.storage import open_storage, sha256_hex

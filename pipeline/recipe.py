@@ -10,8 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ALGORITHM_VERSION, ClusterConfig, TrackingConfig, TrainConfig, config_of
+from pipeline.config import ClusterConfig, TrackingConfig, TrainConfig, config_of
 from pipeline.errors import ConfigError
+from pipeline.fingerprint import ALGORITHM_VERSION
 from pipeline.golden import decoder
 from pipeline.storage import sha256_file
 

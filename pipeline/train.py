@@ -20,16 +20,11 @@ import numpy as np
 import torch
 
 from pipeline.checkpoint import accepting, load_latest, newest_step
-from pipeline.config import (
-    TrainConfig,
-    decisive,
-    fingerprint,
-    refuse_impossible,
-    write_config,
-)
+from pipeline.config import TrainConfig, refuse_impossible, write_config
 from pipeline.errors import ConfigError, DataError, DivergedError, interruption
 from pipeline.evaluate import validation_bits
 from pipeline.export import revision
+from pipeline.fingerprint import decisive, fingerprint
 from pipeline.grids import training_grid
 from pipeline.learner import Examples, Learner
 from pipeline.lease import held

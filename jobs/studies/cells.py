@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 from jobs.material import Pictures, pack
-from pipeline.config import ALGORITHM_VERSION, TrainConfig
+from pipeline.config import TrainConfig
 from pipeline.errors import DivergedError
 from pipeline.evaluate import evaluate
 from pipeline.export import TrainedRun, natural_stream, read_run
+from pipeline.fingerprint import ALGORITHM_VERSION
 from pipeline.learner import Examples
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.storage import canonical_json, open_storage, sha256_hex

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from jobs.presets import PRESETS
-from pipeline.config import TrainConfig, fingerprint, read_config, refuse_impossible, write_config
+from pipeline.config import TrainConfig, read_config, refuse_impossible, write_config
 from pipeline.errors import ConfigError
+from pipeline.fingerprint import fingerprint
 
 
 def changed(path: str, value: Any) -> TrainConfig:

@@ -13,9 +13,10 @@ import torch
 from glow import RealNVP, RealNVPConfig
 from glow.norm import batch_norms
 from pipeline.checkpoint import accepting, load_latest
-from pipeline.config import MemoryConfig, OptimConfig, TrainConfig, decisive, fingerprint, read_config, write_config
+from pipeline.config import MemoryConfig, OptimConfig, TrainConfig, read_config, write_config
 from pipeline.errors import ConfigError
 from pipeline.export import export_model, read_run
+from pipeline.fingerprint import decisive, fingerprint
 from pipeline.golden import verify_model
 from pipeline.gradients import Gradients
 from pipeline.manifest import open_manifest

@@ -31,7 +31,6 @@ from pipeline.config import (
     ScheduleConfig,
     TrackingConfig,
     TrainConfig,
-    fingerprint,
     read_config,
     write_config,
 )
@@ -39,6 +38,7 @@ from pipeline.errors import ConfigError, ConflictError, DivergedError, Interrupt
 from pipeline.evaluate import BATCH as BATCH_OF_EVALUATION
 from pipeline.evaluate import validation_bits
 from pipeline.export import export_model, natural_stream, read_run
+from pipeline.fingerprint import fingerprint
 from pipeline.golden import verify_model
 from pipeline.learner import Examples
 from pipeline.manifest import open_manifest
