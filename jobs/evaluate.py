@@ -157,7 +157,7 @@ def show_in_mlflow(subject: Subject, found: Report) -> None:
     assert subject.run is not None
     config = subject.config
     tracker = Tracker(subject.run, config.tracking, config.name)
-    tracker.start(flat_params(config))
+    tracker.start(flat_params(config), guest=True)
     figures = {f"{found.split}/bpd_class/{name}": figure.mean for name, figure in found.main.classes.items()}
     tracker.log(int(subject.lineage["images"]), figures)
     tracker.artifact(f"eval/{found.split}.html")

@@ -46,6 +46,8 @@ class Description:
     key: str
     params: dict[str, str]
     inputs: dict[str, Any]
+    guest: bool = False
+    """Adds to a run that is another's: its state, its times and what its machine does are left alone."""
 
 
 class MlflowRun:
@@ -53,7 +55,8 @@ class MlflowRun:
 
     def __init__(self, config: TrackingConfig, description: Description) -> None:
         self.client, self._uri = connect(config.uri), config.uri
-        self.run_id = find_run(self.client, config, description.name, description.key)
+        self.run_id, made = found_or_made(self.client, config, description.name, description.key)
+        self._guest = description.guest and not made
         run = self.client.get_run(self.run_id)
         self._last = {metric.key: metric.step for metric in run.to_proto().data.metrics}
         shown = [Path(file.path).name for file in self.client.list_artifacts(self.run_id, "images")]
@@ -61,8 +64,10 @@ class MlflowRun:
         self._describe(run.data.params, description.params)
         if description.inputs and not (run.inputs and run.inputs.dataset_inputs):
             self._log_input(description.inputs)
-        self.client.update_run(self.run_id, status="RUNNING")
-        self._monitor = _system_metrics(self.run_id, config.uri)
+        self._monitor: SystemMetricsMonitor | None = None
+        if not self._guest:
+            self.client.update_run(self.run_id, status="RUNNING")
+            self._monitor = _system_metrics(self.run_id, config.uri)
 
     def send(self, rows: list[Row], count: int) -> None:
         """Record metric rows that lie beyond what the run holds, and that `count` rows have been dealt with."""
@@ -75,7 +80,7 @@ class MlflowRun:
             if row["images"] > self._last.get(key, -1)
         ]
         self.client.log_batch(self.run_id, metrics=metrics, tags=[RunTag("spool.rows", str(count))])
-        if not _watching():  # MLflow's own thread gives up at the first call that fails
+        if not self._guest and not _watching():  # MLflow's own thread gives up at the first call that fails
             self._monitor = _system_metrics(self.run_id, self._uri)
 
     def show(self, event: Row, png: bytes) -> None:
@@ -107,9 +112,11 @@ class MlflowRun:
             self.client.log_artifact(self.run_id, str(local / name), folder or None)
 
     def terminate(self, status: str) -> None:
-        """End the run and its system metrics."""
-        self._monitor.finish()
-        self.client.set_terminated(self.run_id, status)
+        """End the run and its system metrics, unless it is another's."""
+        if self._monitor:
+            self._monitor.finish()
+        if not self._guest:
+            self.client.set_terminated(self.run_id, status)
 
     def _describe(self, old: Mapping[str, str], new: Mapping[str, str]) -> None:
         """Params of MLflow cannot change: what a resumed run is allowed to change becomes a tag `changed.NAME`."""
@@ -183,11 +190,6 @@ def database_folder(uri: str) -> Path | None:
     """The folder of a sqlite database, which also takes artifacts and the registry's ledger; None for servers."""
     uri = absolute_uri(uri)
     return Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:") else None
-
-
-def find_run(client: MlflowClient, config: TrackingConfig, name: str, key: str) -> str:
-    """Id of the MLflow run that carries `key`, created if there is none."""
-    return found_or_made(client, config, name, key)[0]
 
 
 def found_or_made(client: MlflowClient, config: TrackingConfig, name: str, key: str) -> tuple[str, bool]:

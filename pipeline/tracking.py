@@ -82,11 +82,14 @@ class Tracker:
         self._recorded = last_positions(self._metrics.rows())
         self._pictures = {(row["key"], row["images"]) for row in self._events.rows() if row["kind"] == "picture"}
 
-    def start(self, params: Mapping[str, str], inputs: Mapping[str, Any] | None = None) -> None:
-        """Open the MLflow run in the background, once; `inputs` are name, digest, source and samples of the dataset."""
+    def start(self, params: Mapping[str, str], inputs: Mapping[str, Any] | None = None, guest: bool = False) -> None:
+        """Open the MLflow run in the background, once; `inputs` are name, digest, source and samples of the dataset.
+
+        A `guest` adds to a run that another process trains, or has trained: whether it runs, is that one's to say.
+        """
         if self._active and self._config.uri and self._drain is None:
             described = Description(
-                name=self._name, key=run_key(self._run), params=dict(params), inputs=dict(inputs or {})
+                name=self._name, key=run_key(self._run), params=dict(params), inputs=dict(inputs or {}), guest=guest
             )
             self._drain = Drain(self._run, self._config, described, self._metrics, self._events)
             self._drain.start()

@@ -152,7 +152,7 @@ def register_spoilt(model: str, folder: Path, uri: str) -> None:
     import torch
 
     from pipeline.config import TrackingConfig
-    from pipeline.mlflow_run import find_run
+    from pipeline.mlflow_run import found_or_made
     from pipeline.model import write_model
 
     loaded = load_model(model)
@@ -166,7 +166,7 @@ def register_spoilt(model: str, folder: Path, uri: str) -> None:
         storage, loaded.model, loaded.config, directions=loaded.directions, examples=examples, lineage={}, card=""
     )
     registry = ModelRegistry(uri)
-    run = find_run(registry.client, TrackingConfig(uri=uri), "spoilt", "spoilt")
+    run, _ = found_or_made(registry.client, TrackingConfig(uri=uri), "spoilt", "spoilt")
     registry.register("faces", folder, run, {"data.digest": loaded.config.data["digest"]})
 
 

@@ -13,7 +13,7 @@ from pipeline.config import TrackingConfig
 from pipeline.errors import DataError, GateError
 from pipeline.export import export_model, read_run
 from pipeline.manifest import open_manifest
-from pipeline.mlflow_run import find_run
+from pipeline.mlflow_run import found_or_made
 from pipeline.model import write_model
 from pipeline.registry import ModelRegistry, load_model
 from pipeline.storage import Storage, open_storage
@@ -57,7 +57,7 @@ def register_noisy(registry: ModelRegistry, good: str, name: str, noise: float, 
     examples = loaded.golden["labels"], loaded.golden["attributes"]
     write_model(open_storage(str(folder)), loaded.model, loaded.config, directions=loaded.directions,
                 examples=examples, lineage={}, card="# noisy\n")  # fmt: skip
-    run = find_run(registry.client, TrackingConfig(uri=registry.uri), "noisy", f"noisy-{noise}")
+    run, _ = found_or_made(registry.client, TrackingConfig(uri=registry.uri), "noisy", f"noisy-{noise}")
     return registry.register(name, folder, run, {"data.digest": loaded.config.data["digest"]})
 
 

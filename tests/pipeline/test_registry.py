@@ -16,7 +16,7 @@ import torch
 
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError, DataError, UsageError
-from pipeline.mlflow_run import find_run
+from pipeline.mlflow_run import found_or_made
 from pipeline.registry import ModelRegistry, load_model
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
 from tests.pipeline.models import write_tiny
@@ -42,7 +42,7 @@ def test_registering_twice_is_one_version(registry: ModelRegistry, tmp_path: Pat
 @pytest.mark.filterwarnings("ignore")  # catching MLflow's own warnings is not a thing threads can do at once
 def test_registering_at_once_is_one_version(registry: ModelRegistry, tmp_path: Path) -> None:
     write_tiny(tmp_path / "m")
-    run = find_run(registry.client, TrackingConfig(uri=registry.uri), "run", "key")
+    run, _ = found_or_made(registry.client, TrackingConfig(uri=registry.uri), "run", "key")
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: registry.register("faces", tmp_path / "m", run, {}), range(8)))
     assert set(found) == {1}

@@ -121,6 +121,41 @@ def test_a_run_is_recorded_with_params_inputs_pictures_and_artifacts(tmp_path: P
     ]
 
 
+def test_who_only_adds_to_a_run_leaves_its_state_and_its_times(tmp_path: Path) -> None:
+    """An evaluation beside the training, and one after it."""
+    uri = fresh_database(tmp_path)
+    run = open_storage(str(tmp_path / "run"))
+    config = TrackingConfig(uri=uri)
+
+    def evaluate(images: int) -> None:
+        guest = Tracker(run, config, "faces")
+        guest.start({}, guest=True)
+        guest.log(images, {"val/bpd_class/young": 3.0})
+        guest.close()
+
+    trainer = Tracker(run, config, "faces")
+    trainer.start({})
+    trainer.log(16, {"train/bits_per_dim": 4.5})
+    wait_for(lambda: sent(uri) == 1)
+    client, run_id = connect(uri), only_run(uri)
+    evaluate(16)
+    assert (client.get_run(run_id).info.status, client.get_run(run_id).info.end_time) == ("RUNNING", None)
+    trainer.close()
+    ended = client.get_run(run_id).info
+    evaluate(32)
+    after = client.get_run(run_id).info
+    assert (after.status, after.start_time, after.end_time) == ("FINISHED", ended.start_time, ended.end_time)
+    assert [images for images, _ in history(uri, run_id, "val/bpd_class/young")] == [16, 32]
+
+
+def test_a_guest_of_a_run_that_mlflow_does_not_know_makes_it_and_ends_it(tmp_path: Path) -> None:
+    uri = fresh_database(tmp_path)
+    tracker = Tracker(open_storage(str(tmp_path / "run")), TrackingConfig(uri=uri), "faces")
+    tracker.start({}, guest=True)
+    tracker.close()
+    assert connect(uri).get_run(only_run(uri)).info.status == "FINISHED"
+
+
 def test_a_killed_and_resumed_run_has_every_row_once_and_in_order(tmp_path: Path) -> None:
     uri = fresh_database(tmp_path)
     for first, delay in ((0, 0.0), (160, 0.21), (0, 0.07)):  # resumed from positions before those already recorded

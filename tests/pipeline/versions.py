@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.config import TrackingConfig
 from pipeline.evaluate import Evaluation, Figure
 from pipeline.gates import Evidence, Limits, Result
-from pipeline.mlflow_run import find_run
+from pipeline.mlflow_run import found_or_made
 from pipeline.model import LoadedModel
 from pipeline.promotion import Promotion, Request, promote
 from pipeline.registry import ModelRegistry
@@ -61,5 +61,5 @@ def promoted(
 
 def register(registry: ModelRegistry, folder: Path, seed: int = 0, name: str = "faces") -> int:
     write_tiny(folder, seed)
-    run = find_run(registry.client, TrackingConfig(uri=registry.uri), "run", f"key-{seed}")
+    run, _ = found_or_made(registry.client, TrackingConfig(uri=registry.uri), "run", f"key-{seed}")
     return registry.register(name, folder, run, {"step": "12"})
