@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +13,11 @@ from PIL import Image, ImageOps
 
 from pipeline import manifest
 from pipeline.errors import DataError
-from pipeline.shards import deep
+from pipeline.shards import DAMAGE, deep
 from pipeline.storage import sha256_hex
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM")
+CURE = "remove or replace the file"
 MAX_PIXELS = 64 * 2**20
 ORIENTATION = 0x0112
 CONVERT = "--convert drops alpha on white, turns CMYK and palettes into RGB, and keeps the upper 8 of 16 bits"
@@ -40,12 +43,17 @@ class Target:
 
 
 def inspect(data: bytes, where: str) -> Header:
-    """Read a picture's header; `DataError` naming `where` if it is no picture we read."""
-    with _opened(data, where) as image:
-        turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
-        width, height = image.size[::-1] if turned else image.size
-        if width * height > MAX_PIXELS or getattr(image, "n_frames", 1) > 1:
-            raise DataError(f"{width}x{height}, {getattr(image, 'n_frames', 1)} frames: too much", where=where)
+    """Read a picture's header, and no pixel; `DataError` naming `where` if it is no picture we read."""
+    with _opened(data, where) as image, _decoded(where):
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise DataError(f"{width}x{height} px, more than {MAX_PIXELS} in all", where=where, cure=CURE)
+        frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise DataError(f"{frames} frames", where=where, cure=CURE)
+        # A PNG's own getexif decodes the whole image to find what may come after it.
+        if Image.Image.getexif(image).get(ORIENTATION, 1) in (5, 6, 7, 8):
+            width, height = height, width
         opaque = "transparency" not in image.info
         mode = "RGB" if image.mode == "P" else "L" if image.mode == "1" else image.mode
         plain = mode in ("L", "RGB") and opaque and not deep(data)
@@ -54,11 +62,8 @@ def inspect(data: bytes, where: str) -> Header:
 
 def load(data: bytes, target: Target, where: str) -> np.ndarray:
     """Decode to uint8 [size, size, 3] or [size, size]: EXIF orientation, centre crop to a square, Lanczos."""
-    with _opened(data, where) as image:
-        try:
-            image.load()
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"does not decode ({error})", where=where, cure="remove or replace the file") from error
+    with _opened(data, where) as image, _decoded(where):
+        image.load()
         picture = _converted(ImageOps.exif_transpose(image), "RGB" if target.channels == 3 else "L")
     side = min(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
@@ -94,9 +99,19 @@ def common_form(files: Mapping[str, Header], size: int, *, convert: bool) -> man
 
 def _opened(data: bytes, where: str) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except DAMAGE as error:
         raise DataError("not a picture we read", where=where, cure=f"formats: {', '.join(FORMATS)}") from error
+
+
+@contextlib.contextmanager
+def _decoded(where: str) -> Iterator[None]:
+    """What Pillow stumbles over becomes a line."""
+    try:
+        yield
+    except DAMAGE as error:
+        raise DataError(f"does not decode ({error})", where=where, cure=CURE) from error
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:

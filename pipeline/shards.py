@@ -17,6 +17,7 @@ import contextlib
 import io
 import json
 import os
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ PNG_SETTINGS: dict[str, Any] = {"format": "PNG", "compress_level": 6, "compress_
 """The run-length strategy of zlib: two to three times as fast as its default, within 2 % of the size on photographs."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+DAMAGE = (OSError, SyntaxError, ValueError, TypeError, IndexError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises where a file is not what it says."""
+
 IMAGE_FIELDS = ("png", "jpg", "jpeg", "webp", "raw")
 META_FIELDS = {"attributes", "label", "source", "source_sha256"}
 RAW = "raw"
@@ -197,7 +201,7 @@ def decode(data: bytes, size: int, channels: int, encoding: str = "png") -> np.n
             if deep(data):
                 raise DataError("image has 16 bits a channel, expected 8", cure=SHALLOW)
             pixels = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise DataError(f"image does not decode ({type(error).__name__})", cure=CURE) from error
     return pixels.reshape(size, size, channels).transpose(2, 0, 1)
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 from pathlib import Path
@@ -23,7 +24,8 @@ from pipeline.shards import decode, open_shard
 from pipeline.storage import Storage, open_storage, sha256_file, sha256_hex
 from pipeline.toy import toy_image, write_toy
 from pipeline.workers import ordered_map
-from tests.pipeline.layouts import celebamask_hq, shard_writer
+from tests.pipeline.layouts import add, celebamask_hq, pixels_of, png, shard_writer, write
+from tests.pipeline.test_shards import png_that_claims
 from tests.running import RunningStack
 
 COMMAND = [sys.executable, "-m", "jobs", "data"]
@@ -169,6 +171,27 @@ def test_one_line_and_an_exit_code(faces: Path, tmp_path: Path) -> None:
     assert done.returncode == 4
     assert len(done.stderr.splitlines()) == 1
     assert "broken.png: not a picture we read" in done.stderr
+
+
+GOOD = png(pixels_of(0, 16))
+DAMAGED = {
+    "cut": GOOD[: len(GOOD) // 2],
+    "flipped": GOOD[: len(GOOD) // 2] + bytes([GOOD[len(GOOD) // 2] ^ 255]) + GOOD[len(GOOD) // 2 + 1 :],
+    "bomb": png_that_claims(13300, 13300),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_png_is_a_line_with_its_name(tmp_path: Path, name: str) -> None:
+    found = r"13300x13300 px, more than" if name == "bomb" else r"does not decode"
+    for number in range(12):
+        write(tmp_path / "source" / f"{number}.png", DAMAGED[name] if number == 3 else png(pixels_of(number, 16)))
+    with pytest.raises(DataError, match=rf"source/3\.png: {found}"):
+        prepared(tmp_path / "source", str(tmp_path / "set"))
+    with tarfile.open(tmp_path / "train-0.tar", "w") as archive:
+        add(archive, "3.png", DAMAGED[name])
+    with pytest.raises(DataError, match=rf"train-0\.tar/3: (image )?{found}"):
+        main(["prepare", str(tmp_path), "--in-place", "--workers", "1"])
 
 
 def test_verify_names_every_damaged_shard(faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

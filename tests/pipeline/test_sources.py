@@ -17,6 +17,7 @@ from pipeline.errors import DataError, UsageError
 from pipeline.pictures import Target, inspect, load
 from pipeline.sources import Item, open_source
 from pipeline.splits import assign, subset
+from tests.pipeline.test_shards import chunk, png_that_claims
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
@@ -229,6 +230,11 @@ def encoded(image: Image.Image, **settings: object) -> bytes:
     return buffer.getvalue()
 
 
+def with_chunk(png: bytes, kind: bytes, data: bytes) -> bytes:
+    """A PNG with a chunk more at its end."""
+    return png[:-12] + chunk(kind, data) + png[-12:]
+
+
 def gradient(width: int, height: int) -> Image.Image:
     y, x = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([x * 7 % 256, y * 5 % 256, (x + y) % 256], -1).astype(np.uint8))
@@ -254,10 +260,13 @@ def test_photographs_are_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     image = gradient(20, 10)
+    plain = encoded(image, format="PNG")
     data = encoded(image, format="PNG", exif=exif)
     assert (inspect(data, "x").width, inspect(data, "x").height) == (10, 20)
     turned = np.asarray(image.transpose(Image.Transpose.ROTATE_270))[5:15]
     assert np.array_equal(load(data, Target(size=10, channels=3), "x"), turned)
+    late = with_chunk(plain, b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+    assert np.array_equal(load(late, Target(size=10, channels=3), "x"), turned)
 
 
 @pytest.mark.parametrize(
@@ -283,18 +292,30 @@ def test_what_must_be_converted_is_said_and_done(image: Image.Image, settings: d
         (b"<svg/>", r"a\.png: not a picture"),
         (encoded(Image.new("L", (4, 4)), format="TIFF"), r"a\.png: not a picture"),
         (encoded(Image.new("1", (9000, 9000)), format="PNG"), "9000x9000"),
+        (png_that_claims(13300, 13300), r"a\.png: 13300x13300 px, more than"),
         (
             encoded(Image.new("L", (4, 4)), format="WEBP", save_all=True, append_images=[Image.new("L", (4, 4), 9)]),
             "2 frames",
         ),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_is_no_picture_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         inspect(data, "a.png")
 
 
-def test_a_cut_picture_is_refused() -> None:
-    data = encoded(gradient(32, 32), format="PNG")[:-40]
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded(gradient(32, 32), format="PNG")[:-40],
+        with_chunk(encoded(gradient(32, 32), format="PNG"), b"pHYs", b"0"),
+        encoded(gradient(32, 32), format="JPEG")[:-40],
+    ],
+    ids=["cut PNG", "short chunk", "cut JPEG"],
+)
+def test_a_cut_or_damaged_picture_shows_its_header_and_is_refused(data: bytes) -> None:
+    """Nothing is decoded to look at it: a folder is scanned by headers."""
+    assert inspect(data, "a.png").width == 32
     with pytest.raises(DataError, match=r"a\.png: does not decode"):
         load(data, Target(size=32, channels=3), "a.png")
