@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,12 @@ settings.load_profile("laws")
 
 
 def pytest_configure() -> None:
-    """One thread for torch, here and in every process a test starts: workers share the cores."""
+    """One thread for torch, here and in every process a test starts: workers share the cores; this Python's programs.
+
+    Jobs of a cluster and MLflow's servers call `python` and `uvicorn` by name, as after `source .venv/bin/activate`.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def servers(item: pytest.Item) -> set[str]:

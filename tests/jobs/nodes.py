@@ -80,7 +80,7 @@ class Nodes:
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--node-ip-address=127.0.0.1",
             "--object-store-memory=100000000", "--disable-usage-stats", "--block",
-            f"--temp-dir={self.folder / name}", *words,
+            f"--temp-dir={self.folder / name}", f"--dashboard-agent-listen-port={free_ports(1)[0]}", *words,
         ]  # fmt: skip
         quick = {"RAY_health_check_failure_threshold": "3", "TMPDIR": str(self.folder)}
         environment = {**inherited(), **self._more, **self.environment, **ENVIRONMENT, **quick}
