@@ -56,6 +56,7 @@ def register(
         registry: Prefix of the ledger, fixed by the first registration; empty takes a folder beside a sqlite database.
         dry_run: Say what would be registered, write nothing.
     """
+    from pipeline.errors import redact
     from pipeline.export import export_model, read_run
     from pipeline.manifest import open_manifest
     from pipeline.mlflow_run import default_uri
@@ -72,7 +73,7 @@ def register(
     digest = export_model(trained, manifest)
     version = versions.register_run(name, trained.storage, trained.config.tracking)
     print(f"models:/{name}/{version}: artifact {digest}")
-    print(f"next: python -m jobs models promote {name} {version} --uri {versions.uri}")
+    print(f"next: python -m jobs models promote {name} {version} --uri {redact(versions.uri)}")
     return 0
 
 

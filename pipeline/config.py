@@ -19,7 +19,7 @@ import tomli_w
 from pydantic import Discriminator, Tag, TypeAdapter, ValidationError
 
 from glow import FlowConfig, GlowConfig, RealNVPConfig
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, redact
 
 STRICT = {"extra": "forbid"}
 
@@ -264,6 +264,8 @@ def refuse_impossible(config: TrainConfig) -> None:
          f"cluster.min_workers is {config.cluster.min_workers}", "from 0 to cluster.workers"),
         (bool(config.cluster.address) and config.cluster.workers == 0,
          "cluster.address is given and cluster.workers is 0", "--cluster.workers N; 0 trains in this process"),
+        (redact(config.tracking.uri) != config.tracking.uri, "tracking.uri holds a password or a query",
+         "the address alone: MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say who you are"),
         (not config.name or "/" in config.name or config.name.startswith("."), f"name is {config.name!r}",
          "a folder name"),
     ):  # fmt: skip

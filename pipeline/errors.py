@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Sequence
+
+
+def redact(text: str) -> str:
+    """Text without what may be secret in its addresses: user and password, and all that follows a question mark."""
+    text = re.sub(r"(\w://)(?:[^/\s]*|[^/\s:]*:(?!\d+/)\S*)@", r"\1", text)  # a password may hold a slash, a port not
+    return re.sub(r"(\w://[^\s?]*)\?\S+", r"\1", text)
 
 
 class PipelineError(Exception):
     """A refusal a person can act on.
 
     `what` is the finding, `where` the file, key or host it was found in, `cure` what to do about it.
-    `str(error)` is one line; `exit_code` is the documented exit code of the command that meets it.
+    `str(error)` is one line; `exit_code` is the documented exit code of the command that meets it. Addresses are told
+    as `redact` leaves them.
     """
 
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", cure: str = "") -> None:
-        self.what, self.where, self.cure = what, where, cure
-        super().__init__(what, where, cure)
+        self.what, self.where, self.cure = redact(what), redact(where), redact(cure)
+        super().__init__(self.what, self.where, self.cure)
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""

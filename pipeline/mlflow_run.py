@@ -9,7 +9,6 @@ import io
 import logging
 import os
 import queue
-import re
 import shutil
 import tempfile
 import threading
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrackingConfig
-from pipeline.errors import ConflictError, RemoteError, UsageError
+from pipeline.errors import ConflictError, RemoteError, UsageError, redact
 from pipeline.scratch import scratch
 from pipeline.spool import Row
 from pipeline.storage import canonical_json
@@ -216,11 +215,6 @@ def _experiment(client: MlflowClient, config: TrackingConfig) -> str:
     raise ConflictError("the experiment appears and disappears", where=config.experiment)
 
 
-def redact(text: str) -> str:
-    """Text without the user and password of any URL in it."""
-    return re.sub(r"(\w://)[^/@\s]+@", r"\1", text)
-
-
 def _system_metrics(run_id: str, uri: str) -> SystemMetricsMonitor:
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
@@ -248,7 +242,7 @@ def refuse_silent(uri: str) -> None:
         fault = f"nothing within {PATIENCE:.0f} s"
     if fault:
         cure = "start it, or go on with --offline: what it missed is sent by the next run or command that reaches it"
-        raise RemoteError(f"MLflow does not answer ({fault})", where=redact(uri), cure=cure)
+        raise RemoteError(f"MLflow does not answer ({fault})", where=uri, cure=cure)
 
 
 def _fault(uri: str) -> str:
@@ -280,8 +274,8 @@ def translated(uri: str) -> Iterator[None]:
     except MlflowException as error:
         message = redact(str(error)).splitlines()[0][:300]
         if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise UsageError(message, where=redact(uri)) from error
+            raise UsageError(message, where=uri) from error
         for sign, what, cure in PLAIN:
             if sign in message:
-                raise RemoteError(what, where=redact(uri), cure=cure) from error
-        raise RemoteError(message, where=redact(uri), cure="check the MLflow address and server") from error
+                raise RemoteError(what, where=uri, cure=cure) from error
+        raise RemoteError(message, where=uri, cure="check the MLflow address and server") from error

@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrackingConfig, TrainConfig
-from pipeline.errors import ConflictError
-from pipeline.mlflow_run import Description, MlflowRun, redact
+from pipeline.errors import ConflictError, redact
+from pipeline.mlflow_run import Description, MlflowRun
 from pipeline.scratch import scratch
 from pipeline.spool import SPOOL_BYTES, Cursor, Row, Spool, last_positions
 from pipeline.storage import Storage, canonical_json

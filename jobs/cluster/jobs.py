@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import ConfigError, ConflictError, Interrupted, PipelineError, RemoteError, UsageError
+from pipeline.errors import ConfigError, ConflictError, Interrupted, PipelineError, RemoteError, UsageError, redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -95,8 +95,11 @@ def send(client: Client, job: str, **what: Any) -> None:
 def connect(address: str = "") -> Client:
     """The job server at `address` or where RAY_API_SERVER_ADDRESS says, proven to answer us and not just anybody."""
     address = (address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS).rstrip("/")
-    if not urllib.parse.urlsplit(address).hostname or not address.startswith(("http://", "https://")):
-        raise UsageError("not the address of a job server", where=address, cure="http://HOST:8265")
+    plain = redact(address) == address and address.startswith(("http://", "https://"))
+    if not plain or not urllib.parse.urlsplit(address).hostname:
+        raise UsageError(
+            "not the address of a job server", where=address, cure="http://HOST:8265, no password: there is a token"
+        )
     code = _knock(address, "")
     if code == 200:
         if not _loopback(address):

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from jobs.cluster.jobs import refuse_second, send
 from pipeline.config import TrainConfig, refuse_impossible, write_config
-from pipeline.errors import ConfigError, ConflictError
+from pipeline.errors import ConfigError, ConflictError, redact
 from pipeline.manifest import open_manifest
 from pipeline.mlflow_run import refuse_silent
 from pipeline.scratch import scratch
@@ -77,7 +76,7 @@ def prepared(config: TrainConfig) -> TrainConfig:
 
 def refuse_password(name: str, address: str) -> None:
     """ConfigError for an address that says who we are: it would be read by everybody who sees the job."""
-    if re.search(r"://[^/\s]*@", address):
+    if redact(address) != address:
         raise ConfigError(f"{name} holds a password", cure="leave it to the nodes' environment")
 
 

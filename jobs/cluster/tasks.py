@@ -25,8 +25,10 @@ AHEAD = 2
 def sent(address: str, words: Sequence[str]) -> int:
     """Have a job server run `python -m jobs WORDS --address auto` with the code installed here; its exit code."""
     from jobs.cluster.jobs import connect, followed, send
-    from jobs.cluster.submission import pack
+    from jobs.cluster.submission import pack, refuse_password
 
+    for word in words:
+        refuse_password("the command", word)
     client = connect(address)
     job = f"{'-'.join(words[:2])}-{secrets.token_hex(4)}"
     with scratch() as folder:

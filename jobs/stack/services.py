@@ -22,6 +22,7 @@ from jobs.stack import ceph, postgres
 from jobs.stack.processes import Process, fate, listening, spawn
 from jobs.stack.state import RAY_PORTS, Stack, write_private
 from pipeline.errors import ConfigError, PipelineError, RemoteError
+from pipeline.storage import checked_endpoint
 
 START_SECONDS = 180
 
@@ -41,9 +42,7 @@ def refuse_missing(stack: Stack) -> None:
 
 
 def _refuse_silent(endpoint: str) -> None:
-    if not endpoint.startswith(("http://", "https://")):
-        raise ConfigError("not an S3 endpoint", where=endpoint, cure="--s3 http://HOST:PORT")
-    if not ceph.answers(endpoint):
+    if not ceph.answers(checked_endpoint(endpoint, "--s3")):
         raise RemoteError("nobody answers", where=endpoint, cure="check the endpoint given as --s3")
 
 

@@ -14,7 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.storage.base import FullDiskError, MissingError, Storage, checked_key, room_for
 from pipeline.storage.digests import canonical_json, sha256_file, sha256_hex
 from pipeline.storage.folder import Folder
-from pipeline.storage.s3 import Bucket, make_bucket
+from pipeline.storage.s3 import Bucket, checked_endpoint, make_bucket
 
 __all__ = [
     "Bucket",
@@ -23,6 +23,7 @@ __all__ = [
     "MissingError",
     "Storage",
     "canonical_json",
+    "checked_endpoint",
     "checked_key",
     "make_bucket",
     "open_storage",
@@ -42,7 +43,7 @@ def open_storage(url: str) -> Storage:
     if scheme == "file" and rest.startswith("/"):
         return Folder(str(Path(urllib.parse.unquote(rest))))
     bucket = rest.partition("/")[0]
-    if scheme == "s3" and bucket and not any(mark in bucket for mark in "@:?"):
+    if scheme == "s3" and bucket and "?" not in rest and not any(mark in bucket for mark in "@:"):
         return Bucket("s3://" + "/".join(part for part in rest.split("/") if part))
-    shown = f"{scheme}://..." if "@" in rest else url
+    shown = f"{scheme}://..." if any(mark in rest for mark in "@?:") else url
     raise UsageError("not a storage address", where=shown, cure="give a folder, file:///folder or s3://bucket/prefix")

@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import random
+import re
 import ssl
 import time
 import urllib.error
@@ -206,10 +207,19 @@ def _connect(process: int, endpoint: str) -> _Connection:
     try:
         client.connect()
     except ValueError as error:
-        raise ConfigError(str(error), cure="AWS_ENDPOINT_URL is like https://host:port") from error
-    _greet(client.s3.meta.endpoint_url)
+        if "endpoint" in str(error):
+            checked_endpoint("")  # botocore's words repeat it
+        raise ConfigError(str(error), cure="check the AWS configuration") from error
+    _greet(checked_endpoint(client.s3.meta.endpoint_url))
     connection.filesystem = client
     return connection
+
+
+def checked_endpoint(endpoint: str, setting: str = "AWS_ENDPOINT_URL") -> str:
+    """The endpoint, or a ConfigError that does not repeat it: what is no plain address may hold a password."""
+    if re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:]+\])(:\d+)?(/[^@?#\s]*)?", endpoint):
+        return endpoint
+    raise ConfigError("not an S3 endpoint", cure=f"{setting} is like https://host:port, no user or password") from None
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):

@@ -62,6 +62,13 @@ def test_every_command_has_help(group: str, capsys: pytest.CaptureFixture[str]) 
         ("train toy32 --data.prefix nowhere --schedule.leaf 5", 3, "does not divide"),
         ("train toy32 --data.prefix nowhere", 4, "nowhere: no dataset here: no manifest.json"),
         ("train toy32 --data.prefix nowhere --dry-run", 4, "no manifest.json"),
+        ("train toy32 --data.prefix s3://b?key=hunter2 --dry-run", 2, "s3://...: not a storage address"),
+        ("train toy32 --data.prefix b --tracking.uri http://me:hunter2@host", 3, "tracking.uri holds a password"),
+        ("train toy32 --data.prefix b --tracking.uri http://me:hunter2@host --dry-run", 3, "holds a password"),
+        ("cluster status --address http://me:hunter2@host", 2, "http://host: not the address of a job server"),
+        ("cluster doctor --here --uri http://me:hunter2@host", 3, "uri holds a password"),
+        ("data prepare a s3://b/c?key=hunter2 --address http://127.0.0.1:9", 3, "the command holds a password"),
+        ("evaluate s3://AKIAEXAMPLE:hunter2/faces", 2, "s3://...: not a storage address"),
     ],
 )
 def test_refusals_are_one_line_with_an_exit_code(
@@ -73,6 +80,7 @@ def test_refusals_are_one_line_with_an_exit_code(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert says in line
+    assert "hunter2" not in line
 
 
 def test_a_flag_that_is_not_there_is_exit_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ def test_what_can_be_started_again_is(tmp_path: Path, stack: RunningStack) -> No
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, 7, "access refused"),
         ({"AWS_SECRET_ACCESS_KEY": ""}, 3, "export AWS_ACCESS_KEY_ID"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, 7, "nobody answers; check the endpoint"),
-        ({"AWS_ENDPOINT_URL": "127.0.0.1:9"}, 3, "not an S3 endpoint"),
+        ({"AWS_ENDPOINT_URL": "http://me:hunter2@127.0.0.1:9"}, 3, "error: not an S3 endpoint; --s3 is like"),
     ],
 )
 def test_an_s3_that_lets_nobody_in_is_one_line(

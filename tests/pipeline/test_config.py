@@ -139,6 +139,8 @@ def test_the_fingerprint_of_a_tree_is_final() -> None:
         ("cluster.workers", 5, "5 workers for 4 leaves"),
         ("cluster.min_workers", 1, "cluster.min_workers is 1"),
         ("cluster.address", "10.0.0.1:6379", "cluster.workers is 0"),
+        ("tracking.uri", "http://user:secret@host", "^tracking.uri holds a password"),
+        ("tracking.uri", "postgresql://host/db?password=secret", "^tracking.uri holds a password"),
         ("name", "a/b", "name is 'a/b'"),
         ("name", "", "name is ''"),
     ],

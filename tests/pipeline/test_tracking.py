@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from pipeline.config import DataConfig, TrackingConfig, TrainConfig
-from pipeline.mlflow_run import Description, MlflowRun, connect, redact
+from pipeline.errors import RemoteError, redact
+from pipeline.mlflow_run import Description, MlflowRun, connect
 from pipeline.spool import Cursor, Means, Row, Spool, parse_rows
 from pipeline.storage import open_storage
 from pipeline.tracking import Tracker, flat_params, run_key
@@ -328,7 +329,22 @@ def test_params_hold_neither_addresses_nor_secrets() -> None:
     assert params["data.digest"] == "ab"
     assert params["model.levels"] == "6"
     assert not [value for value in params.values() if "secret" in value or "somebody" in value]
-    assert redact("http://user:secret@host/x and s3://k:s@b") == "http://host/x and s3://b"
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("http://user:secret@host/x and s3://k:secret@b", "http://host/x and s3://b"),
+        ("http://user:se/cr@secret@host:5000/x", "http://host:5000/x"),
+        ("at https://host:5000/x?token=secret, answers 500", "at https://host:5000/x answers 500"),
+        ("postgresql://u@host/db?password=secret", "postgresql://host/db"),
+        ("http://host:5000/a@b models:/faces@champion s3://b/a:1@2 a@b?c", None),
+    ],
+)
+def test_an_address_is_told_without_its_secrets(told: str, shown: str | None) -> None:
+    assert redact(told) == (shown or told)
+    error = RemoteError(told, where=told, cure=told)
+    assert "secret" not in f"{error} {error.where} {error.args}"
 
 
 def test_means_are_means_since_the_last_take() -> None:
