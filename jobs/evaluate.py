@@ -132,13 +132,16 @@ def _write(path: Path, found: Report) -> None:
 
 
 def _print(found: Report) -> None:
+    from pipeline.report import LOSSY
+
     figures = {f"model ({name})": evaluation.bits_per_dim for name, evaluation in found.evaluations.items()}
     if found.main.uniform_noise:
         figures["uniform noise"] = found.main.uniform_noise
     figures |= dict(found.codecs)
     mine = found.main.bits_per_dim.mean
+    caveat = "" if found.lossless else f"   {LOSSY}"
     for name, figure in figures.items():
-        beside = f"   model / {name} = {mine / figure.mean:.3f}" if name in found.codecs else ""
+        beside = f"   model / {name} = {mine / figure.mean:.3f}" if name in found.codecs else caveat
         print(f"{name:12} {figure.mean:8.4f} ± {figure.stderr:.4f} bits/dim{beside}")
     print(f"{'noise':12} {found.main.dequantization}")
     print(f"{'round trip':12} {found.main.round_trip:8.1e}, {found.main.exact:.0%} of the images exact to the bit")

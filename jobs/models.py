@@ -182,23 +182,25 @@ def compare(name: Name, one: Which, other: Which, /, uri: str = "", data: str = 
     from dataclasses import asdict
 
     from pipeline.comparison import compare as paired
-    from pipeline.comparison import verdict
+    from pipeline.comparison import lines
+    from pipeline.manifest import open_manifest
     from pipeline.mlflow_run import default_uri
     from pipeline.registry import ModelRegistry
-    from pipeline.storage import canonical_json
+    from pipeline.report import LOSSY
+    from pipeline.storage import canonical_json, open_storage
 
     registry = ModelRegistry(uri or default_uri())
     first, second = (int(word) if word.isdecimal() else registry.resolve(name, word) for word in (one, other))
     evidence = evidence_of(registry, name, first, data)
-    old, new = (evidence(registry.load(name, version)).evaluation for version in (first, second))
+    models = [registry.load(name, version) for version in (first, second)]
+    old, new = (evidence(model).evaluation for model in models)
     found = paired(new, old)
+    lossless = open_manifest(open_storage(data)).lossless if data else models[0].config.data.get("lossless", True)
     if json:
-        print(canonical_json({"one": first, "other": second, **asdict(found)}).decode().rstrip())
+        print(canonical_json({"one": first, "other": second, "lossless": lossless, **asdict(found)}).decode().rstrip())
         return 0
-    print(f"version {first:<4} {old.bits_per_dim} bits/dim")
-    print(f"version {second:<4} {new.bits_per_dim} bits/dim")
-    for title, figure in {"difference": found.bits_per_dim, **found.classes}.items():
-        print(f"{title:12} {figure.mean:+.5f} ± {figure.stderr:.5f}  {figure.images} images  {verdict(figure)}")
+    print(f"version {first:<4} {old.bits_per_dim} bits/dim\nversion {second:<4} {new.bits_per_dim} bits/dim")
+    print("\n".join([*([] if lossless else [LOSSY]), *lines(found)]))
     return 0
 
 
@@ -276,7 +278,6 @@ def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = ""
     tags = registry.tags(name, version)
     prefix = data or tags.get("data.prefix", "")
     digest = open_manifest(open_storage(data)).digest if data else tags.get("data.digest", "")
-
     said: dict[str, Evidence] = {}
 
     def evidence(loaded: LoadedModel) -> Evidence:

@@ -33,6 +33,15 @@ def compare(new: Evaluation, old: Evaluation) -> Comparison:
     return Comparison(Figure.of(differences), by_class)
 
 
+def lines(found: Comparison) -> list[str]:
+    """A line a difference, the whole first, then every class."""
+    figures = {"difference": found.bits_per_dim, **found.classes}
+    return [
+        f"{title:12} {figure.mean:+.5f} ± {figure.stderr:.5f}  {figure.images} images  {verdict(figure)}"
+        for title, figure in figures.items()
+    ]
+
+
 def verdict(difference: Figure) -> str:
     """What a difference means; within two standard errors it may be chance."""
     if difference.mean == 0 and difference.stderr == 0:

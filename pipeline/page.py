@@ -14,7 +14,7 @@ from PIL import Image
 from pipeline.charts import columns, curve, histogram
 from pipeline.evaluate import Evaluation
 from pipeline.gates import Result
-from pipeline.report import Report
+from pipeline.report import LOSSY, Report
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -56,9 +56,10 @@ def _headline(report: Report) -> str:
     first = report.curves.get("val", [])[:1]
     if first and first[0][1] - figure.mean > 0:
         ratios += f"<div><b>{first[0][1] - figure.mean:.2f}</b> below its first evaluation</div>"
+    caveat = "" if report.lossless else f'<p class="failed">{LOSSY}</p>'
     body = (
         f'<div class="figure">{figure.mean:.3f}</div>'
-        f'<div class="unit">bits/dim, held out, ± {figure.stderr:.3f}</div><div class="versus">{ratios}</div>'
+        f'<div class="unit">bits/dim, held out, ± {figure.stderr:.3f}{caveat}</div><div class="versus">{ratios}</div>'
     )
     return _card("", "", body, "third")
 

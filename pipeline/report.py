@@ -20,6 +20,9 @@ from pipeline.spool import Row
 from pipeline.storage import MissingError, Storage
 from pipeline.uniformity import Kolmogorov
 
+LOSSY = "not comparable: lossy shards"
+"""What is said beside bits per dimension of images that lossy shards hold: others measure other pixels."""
+
 
 class Picture(NamedTuple):
     """A picture of the report."""
@@ -39,6 +42,8 @@ class Report:
     """Images of the split, evaluated or not."""
     data: str
     """Dataset digest."""
+    lossless: bool = True
+    """Whether the dataset's shards are; bits per dimension of lossy ones compare with nothing."""
     evaluations: Mapping[str, Evaluation]
     codecs: Mapping[str, Figure]
     """Bits per dimension of "png" and "webp" files of the same pixels."""
@@ -80,6 +85,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "split": report.split,
         "samples": report.samples,
         "data": report.data,
+        "lossless": report.lossless,
         "evaluations": {name: asdict(found) for name, found in report.evaluations.items()},
         "codecs": {name: asdict(found) for name, found in report.codecs.items()},
         "own_samples": [asdict(found) for found in report.own_samples],

@@ -155,6 +155,7 @@ def review(
             split=split,
             samples=stream.samples,
             data=subject.manifest.digest,
+            lossless=subject.manifest.lossless,
             evaluations=evaluations or evaluate_subject(subject, stream, images),
             codecs=codec_figures(stream, data.bits, images),
             own_samples=own_samples(subject.main, range(OWN_SEEDS), _conditions(subject, stream, OWN_SEEDS)),

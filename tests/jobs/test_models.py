@@ -17,7 +17,7 @@ from pipeline.registry import ModelRegistry, load_model
 from pipeline.storage import canonical_json, open_storage
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
 from tests.pipeline.models import write_tiny
-from tests.pipeline.trained import copy_of_run, trained
+from tests.pipeline.trained import copy_of_run, lossy_twin, trained
 
 pytestmark = MLFLOW_NOISE
 
@@ -99,6 +99,12 @@ def test_another_champion_is_compared_on_the_same_images(
     found = json.loads(capsys.readouterr().out)
     assert (found["one"], found["other"], found["bits_per_dim"]["images"]) == (1, 2, 20)
     assert found["bits_per_dim"]["mean"] > 2 * found["bits_per_dim"]["stderr"] > 0
+    assert found["lossless"]
+    lossy = ["compare", "faces", "1", "1", "--uri", uri, "--data", str(lossy_twin(tmp_path / "lossy"))]
+    assert models.main(lossy) == 0
+    assert capsys.readouterr().out.splitlines()[2] == "not comparable: lossy shards"
+    assert models.main([*lossy, "--json"]) == 0
+    assert not json.loads(capsys.readouterr().out)["lossless"]
 
     assert models.main(["rollback", "faces", "--uri", uri, "--reason", "seen"]) == 0
     assert "models:/faces@champion is now version 1 (ledger entry 3)" in capsys.readouterr().out
@@ -201,7 +207,16 @@ def test_evaluate_writes_a_report_for_runs_and_models(tmp_path: Path, capsys: py
     export_model(read_run(open_storage(str(run))), open_manifest(open_storage(str(trained().data))))
     before = files(run)
     assert evaluate.main([str(run / "model"), "--max-images", "5"]) == 0
-    assert "model: averaged weights on 5 images of split val" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "model: averaged weights on 5 images of split val" in out
+    assert "not comparable" not in out + report.read_text()
+    lossy = ["--data", str(lossy_twin(tmp_path / "lossy")), "--report", str(report)]
+    assert evaluate.main([str(run / "model"), *lossy]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("model (ema)")]
+    assert line.endswith(" bits/dim   not comparable: lossy shards")
+    headline = report.read_text().partition("bits/dim, held out")[2].partition("</section>")[0]
+    assert "not comparable: lossy shards" in headline
+    assert json.loads(report.with_suffix(".json").read_bytes())["lossless"] is False
     assert files(run) == before
 
 

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import atexit
 import functools
+import io
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+from webdataset.writer import TarWriter
+
 from glow import GlowConfig
 from pipeline.config import DataConfig, EvaluateConfig, OptimConfig, ScheduleConfig, TrainConfig
+from pipeline.export import natural_stream
+from pipeline.in_place import survey
+from pipeline.manifest import open_manifest, write_manifest
 from pipeline.prepare import Options, build, make_plan
 from pipeline.sources import open_source
 from pipeline.storage import open_storage
@@ -46,6 +54,24 @@ def trained() -> Trained:
     )
     run(config)
     return Trained(folder / "data", folder / "runs" / "tiny")
+
+
+def lossy_twin(folder: Path) -> Path:
+    """The run's images as JPEGs of somebody else's, taken in place."""
+    manifest = open_manifest(open_storage(str(trained().data)))
+    folder.mkdir()
+    for name in manifest.splits:
+        with natural_stream(manifest, name, DataConfig(cache=str(folder.parent / "cache"))) as stream:
+            batch = stream.fetch(np.arange(stream.samples))
+        with TarWriter(str(folder / f"{name}-000000.tar")) as tar:
+            for number, (pixels, signs) in enumerate(zip(batch.pixels, batch.attributes.tolist(), strict=True)):
+                file = io.BytesIO()
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "jpeg")
+                row = dict(zip(manifest.attributes, signs, strict=True))
+                tar.write({"__key__": f"{number:04d}", "jpg": file.getvalue(), "json": row})
+    storage = open_storage(str(folder))
+    write_manifest(storage, *survey(storage, "auto", 0, "CC0-1.0", map, lambda images: None))
+    return folder
 
 
 def copy_of_run(folder: Path) -> Path:
