@@ -62,6 +62,7 @@ def toy(dest: Dest, /, images: int = 2000, size: int = 64, seed: int = 0, worker
     """
     from pipeline.toy import write_toy
 
+    _refuse_below(0, seed=seed, workers=workers)
     start = time.perf_counter()
     with progress("draw", images) as report:
         done = write_toy(Path(dest), images=images, size=size, seed=seed, workers=workers or cores(), report=report)
@@ -115,6 +116,7 @@ def prepare(
     from pipeline.prepare import Options
     from pipeline.sources import open_source
 
+    _refuse_below(0, size=size, max_images=max_images, samples_per_shard=samples_per_shard, workers=workers)
     if in_place and (dest or size or max_images or samples_per_shard or convert or restart or encoding != "png"):
         raise UsageError("--in-place changes no shard", cure="it takes --split, --seed, --license, --workers")
     if not in_place and not dest:
@@ -205,6 +207,7 @@ def verify(prefix: Prefix, /, deep: bool = False, workers: int = 0) -> int:
     """
     from pipeline.verify import problems
 
+    _refuse_below(0, workers=workers)
     manifest = _open(prefix)
     samples = sum(split.samples for split in manifest.splits.values())
     found = 0
@@ -230,6 +233,7 @@ def show(prefix: Prefix, /, split: str = "train", sheet: str = "", images: int =
     """
     from pipeline.card import card
 
+    _refuse_below(1, images=images)
     manifest = _open(prefix)
     print(card(manifest), end="")
     print(f"\ndigest {manifest.digest}")
@@ -237,6 +241,13 @@ def show(prefix: Prefix, /, split: str = "train", sheet: str = "", images: int =
         _draw_sheet(manifest, split, images, Path(sheet))
         print(f"contact sheet: {sheet}")
     return 0
+
+
+def _refuse_below(least: int, **options: int) -> None:
+    """UsageError for the first option below its minimum."""
+    for name, value in options.items():
+        if value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}", cure=f"give {least} or more")
 
 
 def _open(prefix: str) -> Manifest:
@@ -258,6 +269,7 @@ def _print_plan(source: Source, plan: Plan) -> None:
 
 def _draw_sheet(manifest: Manifest, split: str, images: int, path: Path) -> None:
     from pipeline.card import contact_sheet
+    from pipeline.shard_lines import refuse_changed
     from pipeline.shards import decode, open_shard
 
     pixels = []
@@ -266,8 +278,15 @@ def _draw_sheet(manifest: Manifest, split: str, images: int, path: Path) -> None
             break
         with scratch() as folder:
             local = folder / "shard.tar"
+            where = manifest.storage.where(shard.file)
             manifest.storage.download(shard.file, local)
-            with open_shard(local, shard.samples, manifest.storage.where(shard.file), manifest.foreign) as index:
+            refuse_changed(local, shard, where)
+            with open_shard(local, shard.samples, where, manifest.foreign) as index:
                 rows, form = range(min(len(index), images - len(pixels))), manifest.image.encoding
                 pixels += [decode(index.read(row)[0], manifest.size, manifest.channels, form) for row in rows]
-    contact_sheet(manifest, manifest.splits[split].counts, pixels).save(path, format="PNG")
+    drawn = contact_sheet(manifest, manifest.splits[split].counts, pixels)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drawn.save(path, format="PNG")
+    except OSError as error:
+        raise UsageError(error.strerror or "cannot be written", where=str(path), cure="name another file") from error

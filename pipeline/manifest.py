@@ -11,7 +11,6 @@ dataset. It names nothing outside its prefix.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
@@ -19,9 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.card import card
 from pipeline.errors import ConflictError, DataError, UsageError
-from pipeline.shard_lines import CURE, Shard, Shards
+from pipeline.shard_lines import CURE, Shard, Shards, line_of
 from pipeline.shards import Foreign
-from pipeline.storage import MissingError, Storage, canonical_json, checked_key, sha256_hex
+from pipeline.storage import MissingError, Storage, canonical_json, checked_key, parse_json, sha256_hex
 
 ROOT = "manifest.json"
 SCHEMA = 1
@@ -205,6 +204,7 @@ def write_manifest(storage: Storage, root: Root, splits: Mapping[str, tuple[Coun
             samples=samples, shards=len(shards), counts=counts, parts=tuple(part for part, _ in own)
         )
     whole = replace(root, splits=summaries)
+    _check_counts(whole, storage.where(ROOT))
     data = canonical_json(asdict(whole))
     if not same_root(storage, data):
         for part, lines in parts:
@@ -244,7 +244,7 @@ def _opened(root: Root, digest: str, storage: Storage) -> Manifest:
 
 def _parse_root(data: bytes, where: str) -> Root:
     try:
-        value = json.loads(data)
+        value = parse_json(data)
     except ValueError as error:
         raise DataError("not JSON", where=where, cure=CURE) from error
     schema = value.get("schema") if isinstance(value, dict) else None
@@ -267,6 +267,8 @@ def _check_counts(root: Root, where: str) -> None:
     if root.window < 1:
         raise DataError(f"a window of {root.window} shards", where=where, cure=CURE)
     for name, summary in root.splits.items():
+        if not name or summary.samples < 1:
+            raise DataError(f"split {name!r} with {summary.samples} samples", where=where, cure=CURE)
         lengths = (len(summary.counts.positive), len(summary.counts.negative), len(summary.counts.labels))
         if lengths != (len(root.attributes), len(root.attributes), len(root.labels)):
             raise DataError(f"counts of split {name!r} do not fit the names", where=where, cure=CURE)
@@ -278,7 +280,7 @@ def _cut_parts(shards: Sequence[Shard], first: int) -> list[tuple[Part, bytes]]:
     cut = []
     for start in range(0, len(shards), PART_SHARDS):
         own = shards[start : start + PART_SHARDS]
-        lines = b"".join(canonical_json(asdict(shard)) for shard in own)
+        lines = b"".join(map(line_of, own))
         name = f"shards-{first + len(cut):03d}.jsonl"
         cut.append((Part(file=name, bytes=len(lines), sha256=sha256_hex(lines), shards=len(own)), lines))
     return cut

@@ -6,14 +6,14 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import overload
 
 import numpy as np
 
 from pipeline.errors import DataError
-from pipeline.storage import checked_key, sha256_file
+from pipeline.storage import canonical_json, checked_key, sha256_file
 
 CURE = "prepare the dataset again, or copy the prefix whole"
 RESTORE = "restore the shard, or prepare the dataset again: a changed shard needs a new manifest"
@@ -31,6 +31,15 @@ class Shard:
 
 LINE = re.compile(rb'\{"bytes":(\d+),"file":"([^"\\]+)","samples":([1-9]\d*),"sha256":"([0-9a-f]{64})"\}\n')
 """A line of a part: a shard in canonical JSON."""
+
+
+def line_of(shard: Shard) -> bytes:
+    """A shard's line; `DataError` where no line could hold it: a name with quotes, or nothing in it."""
+    line = canonical_json(asdict(shard))
+    if not LINE.fullmatch(line):
+        cure = "rename the file without quotes and backslashes"
+        raise DataError("no manifest can name this shard", where=shard.file, cure=cure)
+    return line
 
 
 class Shards(Sequence[Shard]):

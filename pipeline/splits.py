@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipeline.errors import DataError, UsageError
 from pipeline.sources import Item
+from pipeline.sources.tables import read_pairs
 
 CURE = "splits: auto, glow-like, celeba, random:SEED:FRACTION (of the images to val), or a CSV file image,split"
 
@@ -87,10 +87,10 @@ def _celeba(items: list[Item]) -> dict[str, str]:
 
 def _listed(items: list[Item], path: Path) -> dict[str, str]:
     """Read a CSV image,split: every image once, by its path in the source or its name."""
-    rows = [row for row in csv.reader(path.read_text(encoding="utf-8-sig").splitlines()) if row]
-    if not rows or rows[0] != ["image", "split"] or any(len(row) != 2 or not row[1].isalnum() for row in rows):
-        raise DataError("expected two columns, image,split", where=str(path))
-    listed = {row[0]: row[1] for row in rows[1:]}
+    listed = read_pairs(path, "image", "split")
+    odd = next((word for word in listed.values() if not word.isalnum()), None)
+    if odd is not None:
+        raise DataError(f"split {odd!r}, expected letters and digits", where=str(path))
     named = {item.source: listed.get(item.source) or listed.get(item.source.rpartition("/")[2], "") for item in items}
     lost = [source for source, split in named.items() if not split]
     if lost:

@@ -14,7 +14,6 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from pipeline.manifest import Manifest, Split
 from pipeline.open_shards import OpenShards, allow_open_files
 from pipeline.order import Ints, Sequential
 from pipeline.quarantine import Opened, Policy, Shelf
-from pipeline.shards import decode
+from pipeline.shards import decode, described
 from pipeline.storage import Storage
 
 DEPTH = 2
@@ -247,20 +246,11 @@ class Stream:
             stand_ins[place] = opened.damaged
             try:
                 pixels[place] = decode(data, form.size, form.channels, form.encoding)
-                labels[place], attributes[place] = self._described(meta)
+                label, attributes[place] = described(meta, self._manifest.labels, self._manifest.attributes)
+                labels[place] = -1 if label is None else label
             except DataError as error:
                 where = f"{self._storage.where(self._split.shards[shard].file)} row {row}"
                 raise DataError(error.what, where=where, cure=error.cure) from error
-
-    def _described(self, meta: dict[str, Any]) -> tuple[int, list[int]]:
-        label = -1 if meta["label"] is None else meta["label"]
-        attributes = meta["attributes"]
-        classes, names = len(self._manifest.labels), len(self._manifest.attributes)
-        if type(label) is not int or not -1 <= label < classes:
-            raise DataError(f"label {label!r}, the manifest names {classes}", cure="prepare the dataset again")
-        if not isinstance(attributes, list) or len(attributes) != names or not {-1, 0, 1}.issuperset(attributes):
-            raise DataError(f"attributes are not {names} of -1, 0, 1", cure="prepare the dataset again")
-        return label, attributes
 
 
 def _finished(pending: _Pending) -> Batch:

@@ -10,7 +10,7 @@ from pipeline.errors import DataError
 from pipeline.manifest import CURE, ROOT, Counts, Manifest, Root, Shard
 from pipeline.scratch import scratch
 from pipeline.shard_lines import refuse_changed
-from pipeline.shards import ShardIndex, decode, open_shard
+from pipeline.shards import ShardIndex, decode, described, open_shard
 from pipeline.storage import Storage
 from pipeline.workers import ordered_map
 
@@ -68,14 +68,9 @@ def _checked(root: Root, index: ShardIndex, row: int, where: str) -> dict[str, A
     image, meta = index.read(row)
     try:
         decode(image, root.size, root.channels, root.image.encoding)
+        described(meta, root.labels, root.attributes)
     except DataError as error:
         raise DataError(f"row {row}: {error.what}", where=where, cure=CURE) from error
-    attributes, label = meta["attributes"], meta["label"]
-    if len(attributes) != len(root.attributes) or not set(attributes) <= {-1, 0, 1}:
-        what = f"row {row}: {len(attributes)} attributes, expected {len(root.attributes)} of -1, 0, 1"
-        raise DataError(what, where=where, cure=CURE)
-    if label is not None and label not in range(len(root.labels)):
-        raise DataError(f"row {row}: label {label} of {len(root.labels)} classes", where=where, cure=CURE)
     return meta
 
 

@@ -94,8 +94,13 @@ class _Array:
 def _npz_items(root: Path, path: Path, scratch: Path) -> Iterator[Item]:
     """Rows of one batch; a compressed one is unpacked into `scratch` first."""
     data, labels = _array(path, "data", scratch), _array(path, "labels", scratch)
-    size = math.isqrt(data.shape[-1] // 3)
-    if data.shape != (*labels.shape, 3 * size * size) or data.dtype != np.uint8 or labels.dtype.kind not in "iu":
+    size = math.isqrt(data.shape[-1] // 3) if len(data.shape) == 2 else 0
+    if (
+        not size
+        or data.shape != (*labels.shape, 3 * size * size)
+        or data.dtype != np.uint8
+        or labels.dtype.kind not in "iu"
+    ):
         found = f"data {data.dtype} {list(data.shape)}, labels {labels.dtype} {list(labels.shape)}"
         raise DataError(f"{found}, expected uint8 [n, 3 * size * size] and integers [n]", where=str(path), cure=CURE)
     split, source = split_name(path.name), path.relative_to(root).as_posix()

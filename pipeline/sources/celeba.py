@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from bisect import bisect
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from pipeline.errors import DataError
 from pipeline.sources.folder import images
 from pipeline.sources.item import Item, Source
-from pipeline.sources.tables import read_attributes, same_names, text_of
+from pipeline.sources.tables import read_attributes, read_pairs, same_names, text_of
 
 HQ_TABLE = "CelebAMask-HQ-attribute-anno.txt"
 HQ_IMAGES = "CelebA-HQ-img"
@@ -99,12 +98,7 @@ def _found(root: Path, name: str) -> Path | None:
 def _labels(path: Path, files: Mapping[str, Path]) -> dict[str, str]:
     if not path.exists():
         return {}
-    rows = [row for row in csv.reader(text_of(path).splitlines()) if row]
-    if not rows or rows[0] != ["image", "label"] or any(len(row) != 2 for row in rows):
-        raise DataError("expected two columns, image,label", where=str(path))
-    labels = {row[0]: row[1] for row in rows[1:]}
-    if len(labels) != len(rows) - 1:
-        raise DataError("an image is listed twice", where=str(path))
+    labels = read_pairs(path, "image", "label")
     same_names(labels, files, str(path))
     return labels
 

@@ -22,9 +22,6 @@ def read(root: Path, scratch: Path) -> Source:
     """List the images of a folder at any depth, with what folders and a table say of them."""
     files = images(root)
     items = [_item(root, path) for path in files]
-    if any(item.split for item in items) and not all(item.split for item in items):
-        stray = next(item for item in items if not item.split)
-        raise DataError("image outside the train/ and val/ folders", where=str(stray.file), cure="move it into one")
     tables = [root / name for name in TABLES if (root / name).exists()]
     if len(tables) > 1:
         raise DataError("more than one attribute table", where=str(tables[1]), cure="keep one")
@@ -60,15 +57,19 @@ def _ignored(root: Path, files: list[Path], tables: list[Path]) -> tuple[str, ..
 def _with_table(path: Path, items: list[Item]) -> tuple[tuple[str, ...], list[Item]]:
     """Give every item the attributes (and the class, from a column `label`) of its row."""
     rows = read_rows(path)
-    column = next((name for name in FILE_COLUMNS if rows and name in rows[0]), None)
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    column = next((name for name in FILE_COLUMNS if name in names), None)
     if column is None:
         raise DataError(f"no column names the file: {', '.join(FILE_COLUMNS)}", where=str(path))
+    lost = next((number for number, row in enumerate(rows, start=1) if not row.get(column)), None)
+    if lost is not None:
+        raise DataError(f"row {lost} has no {column}", where=str(path), cure="name the file in every row")
     by_name = {row[column]: row for row in rows}
     twice = [name for name, times in Counter(row[column] for row in rows).items() if times > 1]
     if twice:
         raise DataError(f"two rows for {twice[0]}", where=str(path))
     same_names(by_name, [item.source for item in items], str(path))
-    names = tuple(name for name in rows[0] if name not in (column, "label"))
+    names = tuple(name for name in names if name not in (column, "label"))
     own = [by_name[item.source] for item in items]
     columns = attribute_columns({name: [row.get(name, "") for row in own] for name in names})
     if len(columns) < len(names):

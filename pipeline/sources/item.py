@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,6 +77,15 @@ class Source:
     def licensed(self, name: str) -> Source:
         """The same under another licence; an empty one changes nothing."""
         return replace(self, license=name or self.license)
+
+
+def refuse_stray(items: Sequence[Item]) -> None:
+    """DataError where some items bring a split and others none: they would be in no split anybody reads."""
+    stray, placed = ([item for item in items if bool(item.split) is known] for known in (False, True))
+    if stray and placed:
+        what = f"in no split, and others are (e.g. {placed[0].source} in {placed[0].split})"
+        cure = "begin all names, or folders at the top, with train, val or test, or none of them"
+        raise DataError(what, where=stray[0].where, cure=cure)
 
 
 def _netpbm(data: bytes, shape: tuple[int, ...], planar: bool) -> bytes:

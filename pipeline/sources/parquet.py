@@ -7,7 +7,6 @@ are unpacked once, one file a file, into the scratch folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.errors import DataError
 from pipeline.sources.folder import TABLES
 from pipeline.sources.item import Item, Source
 from pipeline.sources.tables import LABELS, attribute_columns, opened_parquet, split_name
+from pipeline.storage import parse_json
 
 ROWS = 64
 """Rows decoded at a time."""
@@ -37,6 +37,7 @@ def read(root: Path, scratch: Path) -> Source:
     image, label, others = _columns(schema, str(files[0]))
     names = _class_names(schema, label)
     for number, path in enumerate(files):
+        _refuse_other(path, schema, image, files[0])
         own, values = _unpacked(root, path, scratch / f"{number:05d}.bin", image, label, others)
         items += [replace(item, label=_class(item.label, names, path)) for item in own]
         for name in others:
@@ -57,16 +58,30 @@ def _columns(schema: Any, where: str) -> tuple[str, str, list[str]]:
     """The image column, the label column or nothing, and the columns that may be attributes."""
     import pyarrow
 
-    def pictures(kind: Any) -> bool:
-        binary = pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
-        return binary or (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
-
-    images = [field.name for field in schema if pictures(field.type)]
+    images = [field.name for field in schema if _pictures(field.type)]
     if len(images) != 1:
         raise DataError(f"{len(images)} columns of image bytes ({schema.names}), expected one", where=where)
     label = next((name for name in LABELS if name in schema.names), "")
     small = [field.name for field in schema if pyarrow.types.is_boolean(field.type) or _integer(field.type)]
     return images[0], label, [name for name in small if name != label]
+
+
+def _refuse_other(path: Path, schema: Any, image: str, first: Path) -> None:
+    """DataError where a file does not have the columns of the first one."""
+    with opened_parquet(path) as table:
+        own = table.schema_arrow
+    if set(own.names) != set(schema.names) or not _pictures(own.field(image).type):
+        what = f"columns {sorted(own.names)}, and {first.name} has {sorted(schema.names)}"
+        raise DataError(what, where=str(path), cure="give all files the same columns")
+
+
+def _pictures(kind: Any) -> bool:
+    """Whether a column of this type holds files: bytes, or a struct with `bytes`."""
+    import pyarrow
+
+    if pyarrow.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _pictures(kind.field("bytes").type)
+    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
 
 
 def _integer(kind: Any) -> bool:
@@ -78,7 +93,7 @@ def _integer(kind: Any) -> bool:
 def _class_names(schema: Any, label: str) -> tuple[str, ...]:
     """Class names as the `datasets` library notes them in the schema."""
     try:
-        info = json.loads((schema.metadata or {})[b"huggingface"])
+        info = parse_json((schema.metadata or {})[b"huggingface"])
         return tuple(map(str, info["info"]["features"][label]["names"]))
     except (KeyError, TypeError, ValueError):
         return ()
@@ -87,7 +102,7 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...]:
 def _class(label: str | None, names: tuple[str, ...], path: Path) -> str | None:
     if not names or label is None:
         return label
-    if not label.isdigit() or int(label) >= len(names):
+    if not label.isdecimal() or len(label) > 9 or int(label) >= len(names):
         return None if label == "-1" else _refused(label, names, path)
     return names[int(label)]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import DataError, UsageError
+from pipeline.storage import parse_json
 
 Row = dict[str, str]
 SIGNS = {"1": 1, "true": 1, "-1": -1, "false": -1, "0": 0, "": 0}
@@ -27,20 +28,33 @@ def text_of(path: Path) -> str:
 def read_rows(path: Path) -> list[Row]:
     """Rows of a CSV, JSONL or parquet table, every value as text."""
     if path.suffix == ".csv":
-        rows = [dict(row) for row in csv.DictReader(text_of(path).splitlines(), restval=None)]
-        if any(None in row or None in row.values() for row in rows):
+        head, *rows = _csv(path) or [[]]
+        if any(len(row) != len(head) for row in rows):
             raise DataError("a row has more or fewer columns than the first line", where=str(path))
-        return rows
+        if len(set(head)) < len(head):
+            raise DataError("two columns have one name", where=str(path))
+        return [dict(zip(head, row, strict=True)) for row in rows]
     if path.suffix == ".parquet":
         with opened_parquet(path) as table:
             return [_as_text(row) for row in table.read().to_pylist()]
     rows = []
     for number, line in enumerate(text_of(path).splitlines(), start=1):
         try:
-            rows.append(_as_text(json.loads(line)))
+            rows.append(_as_text(parse_json(line)))
         except (ValueError, AttributeError) as error:
             raise DataError(f"line {number} is not JSON", where=str(path)) from error
     return rows
+
+
+def read_pairs(path: Path, *head: str) -> dict[str, str]:
+    """A CSV of two columns so named, with every image once."""
+    rows = _csv(path)
+    if rows[:1] != [list(head)] or any(len(row) != 2 for row in rows):
+        raise DataError(f"expected two columns, {','.join(head)}", where=str(path))
+    name, times = Counter(row[0] for row in rows).most_common(1)[0]
+    if times > 1:
+        raise DataError(f"{name} is listed twice", where=str(path), cure="list every image once")
+    return {row[0]: row[1] for row in rows[1:]}
 
 
 def opened_parquet(path: Path) -> Any:
@@ -101,6 +115,13 @@ def split_name(word: str) -> str:
     """The split that a name of a file or folder begins with (`valid_64x64`, `test-00000-of-00001`), or nothing."""
     first = word.lower().replace("_", "-").replace(".", "-").split("-")[0]
     return {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}.get(first, "")
+
+
+def _csv(path: Path) -> list[list[str]]:
+    try:
+        return [row for row in csv.reader(text_of(path).splitlines()) if row]
+    except csv.Error as error:
+        raise DataError(f"no CSV ({error})", where=str(path)) from error
 
 
 def _word(value: Any) -> str:

@@ -53,12 +53,14 @@ def _files(root: Path) -> dict[Path, tuple[int, int]]:
 
 def _items(root: Path, path: Path) -> Iterator[Item]:
     source, split = path.relative_to(root).as_posix(), split_name(path.name)
+    if not path.stat().st_size:
+        raise DataError("an empty file", where=str(path), cure=CURE)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for number, (start, stop) in enumerate(_records(data, str(path))):
-            fields = dict(_features(data, start, stop))
             try:
+                fields = dict(_features(data, start, stop))
                 (first, last), shape = fields["data"][0], tuple(fields["shape"])
-                if math.prod(shape) != last - first or len(shape) != 3 or shape[2] not in (1, 3):
+                if math.prod(shape) != last - first or len(shape) != 3 or shape[2] not in (1, 3) or min(shape) < 1:
                     raise ValueError
             except (KeyError, IndexError, TypeError, ValueError) as error:
                 raise DataError(f"record {number} holds no raw picture", where=str(path), cure=CURE) from error
@@ -140,6 +142,8 @@ def _fields(data: mmap.mmap, position: int, stop: int) -> Iterator[tuple[int, An
             yield key >> 3, value
         elif key & 7 == 2:
             length, position = _varint(data, position)
+            if position + length > stop:
+                raise ValueError("a string beyond its message")
             yield key >> 3, (position, position + length)
             position += length
         else:
@@ -153,3 +157,5 @@ def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
         value, shift, position = value | (byte & 127) << shift, shift + 7, position + 1
         if byte < 128:
             return value, position
+        if shift > 63:
+            raise ValueError("a number of more than 64 bits")

@@ -10,7 +10,7 @@ from typing import Any
 from pipeline.errors import DataError
 from pipeline.manifest import ROOT, Manifest, Shard, open_manifest
 from pipeline.shard_lines import refuse_changed
-from pipeline.shards import RAW, foreign_row, grouped, open_shard, place_foreign
+from pipeline.shards import RAW, described, foreign_row, grouped, open_shard, place_foreign
 from pipeline.sources.item import Item, Source
 from pipeline.sources.tables import split_name
 from pipeline.storage import open_storage
@@ -121,14 +121,16 @@ def _our_items(manifest: Manifest, path: Path, split: str, shard: Shard) -> Iter
     with open_shard(path, shard.samples, str(path)) as index:
         for row in range(len(index)):
             _, meta = index.read(row)
-            if len(meta["attributes"]) != len(manifest.attributes):
-                raise DataError(f"row {row}: other attributes than the manifest's", where=index.name)
+            try:
+                label, signs = described(meta, manifest.labels, manifest.attributes)
+            except DataError as error:
+                raise DataError(f"row {row}: {error.what}", where=index.name, cure=error.cure) from error
             offset, length = index.places[row][0].tolist()
             yield Item(
                 file=path,
                 source=f"{split}/{meta['source']}",
-                attributes=tuple(meta["attributes"]),
-                label=None if meta["label"] is None else manifest.labels[meta["label"]],
+                attributes=tuple(signs),
+                label=None if label is None else manifest.labels[label],
                 split=split,
                 offset=offset,
                 length=length,

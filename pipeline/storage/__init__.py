@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.errors import UsageError
 from pipeline.storage.base import FullDiskError, MissingError, Storage, checked_key, room_for
-from pipeline.storage.digests import canonical_json, sha256_file, sha256_hex
+from pipeline.storage.digests import canonical_json, parse_json, sha256_file, sha256_hex
 from pipeline.storage.folder import Folder
 from pipeline.storage.s3 import Bucket, checked_endpoint, make_bucket
 
@@ -27,6 +27,7 @@ __all__ = [
     "checked_key",
     "make_bucket",
     "open_storage",
+    "parse_json",
     "room_for",
     "sha256_file",
     "sha256_hex",

@@ -14,6 +14,14 @@ def canonical_json(value: Any) -> bytes:
     return text.encode() + b"\n"
 
 
+def parse_json(data: bytes | str) -> Any:
+    """The value of a JSON text; `ValueError` where it is none, or nested too deep to be read."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def sha256_hex(data: bytes) -> str:
     """Hexadecimal sha256 of `data`."""
     return hashlib.sha256(data).hexdigest()

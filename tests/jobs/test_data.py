@@ -131,6 +131,14 @@ def test_size_is_reached_and_recorded(faces: Path, tmp_path: Path) -> None:
     assert (manifest.size, manifest.image.resize, manifest.image.crop) == (8, "lanczos", "none")
 
 
+@pytest.mark.parametrize("option", ["--size", "--max-images", "--samples-per-shard", "--workers"])
+def test_numbers_below_zero_are_refused(tmp_path: Path, option: str) -> None:
+    source = images(tmp_path / "source", *[("RGB", (8, 8))] * 12)
+    with pytest.raises(UsageError, match=f"{option} -3; give 0 or more"):
+        main(["prepare", str(source), str(tmp_path / "set"), option, "-3"])
+    assert not (tmp_path / "set").exists()
+
+
 def images(root: Path, *forms: tuple[str, tuple[int, int]]) -> Path:
     for number, (mode, size) in enumerate(forms):
         root.mkdir(exist_ok=True)
@@ -239,6 +247,17 @@ def test_show(faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with Image.open(sheet) as image:
         assert image.width >= 3 * 64
         assert image.height > 3 * 64
+    assert main(["show", str(tmp_path / "set"), "--sheet", str(tmp_path / "new" / "x.png"), "--images", "1"]) == 0
+    with pytest.raises(UsageError, match=r"--images 0; give 1 or more"):
+        main(["show", str(tmp_path / "set"), "--sheet", str(sheet), "--images", "0"])
+    with pytest.raises(UsageError, match=r"sheet\.png/x\.png: "):
+        main(["show", str(tmp_path / "set"), "--sheet", str(sheet / "x.png")])
+    shard = tmp_path / "set" / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    data[data.find(b"IDAT") + 20] ^= 255
+    shard.write_bytes(data)
+    with pytest.raises(DataError, match=r"train-000000\.tar: sha256 [0-9a-f]{12}, expected [0-9a-f]{12}; restore"):
+        main(["show", str(tmp_path / "set"), "--sheet", str(sheet)])
 
 
 def killed_while_building(command: list[str], dest: Path, shards: int) -> None:

@@ -131,6 +131,9 @@ def changed_root(**changes: object) -> bytes:
         (changed_root(window="4"), "window: Input should be a valid integer"),
         (changed_root(attributes=["Smiling"]), "counts of split 'train' do not fit"),
         (json.dumps(json.loads(GOLDEN_ROOT)).encode(), "not in canonical form"),
+        (b"[" * 200_000, "not JSON"),
+        (GOLDEN_ROOT.replace('"samples":1', '"samples":0').encode(), "split 'val' with 0 samples"),
+        (GOLDEN_ROOT.replace('"train":', '"":').encode(), "split '' with 3 samples"),
     ],
 )
 def test_malformed_roots_are_refused(storage: Storage, data: bytes, message: str) -> None:
@@ -138,6 +141,21 @@ def test_malformed_roots_are_refused(storage: Storage, data: bytes, message: str
     with pytest.raises(DataError, match=message) as caught:
         open_manifest(storage)
     assert "manifest.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("splits", [{"": SPLITS["val"]}, {"train": (SPLITS["val"][0], [])}], ids=["no name", "empty"])
+def test_empty_splits_are_not_written(storage: Storage, splits: dict) -> None:
+    with pytest.raises(DataError, match=r"manifest\.json: split '(train)?' with \d samples"):
+        write_manifest(storage, ROOT, splits)
+    assert storage.list() == []
+
+
+@pytest.mark.parametrize("change", [{"file": 'a"b.tar'}, {"samples": 0}], ids=["quote", "empty shard"])
+def test_a_shard_that_could_not_be_read_again_is_not_written(storage: Storage, change: dict) -> None:
+    counts, (shard,) = SPLITS["val"]
+    with pytest.raises(DataError, match="no manifest can name this shard; rename"):
+        write_manifest(storage, ROOT, {"train": (counts, [shard, replace(shard, **change)])})
+    assert storage.list() == []
 
 
 def test_a_part_that_leaves_the_prefix_is_refused(storage: Storage) -> None:

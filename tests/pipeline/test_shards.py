@@ -170,7 +170,18 @@ def test_wrong_members_are_refused(tmp_path: Path, change: Callable, message: st
         open_shard(path, 3)
 
 
-@pytest.mark.parametrize("meta", [b"{", b"[]", b"{}", json.dumps({"attributes": [], "label": 1}).encode()])
+def described(attributes: object, label: object = None) -> bytes:
+    return json.dumps({"attributes": attributes, "label": label, "source": "a", "source_sha256": "b"}).encode()
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        *(b"{", b"[]", b"{}", b"[" * 200_000, json.dumps({"attributes": [], "label": 1}).encode()),
+        *(described([[1]]), described([2]), described([1.0]), described(7), described([1], [2]), described([1], 1.5)),
+    ],
+    ids=lambda meta: meta[:40],
+)
 def test_wrong_metadata_is_refused(tmp_path: Path, meta: bytes) -> None:
     path = tmp_path / "x.tar"
     path.write_bytes(rewritten(lambda m: [(m[0][0], meta), *m[1:]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import tarfile
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pipeline.order import Sequential
 from pipeline.prepare import Options, build, make_plan
 from pipeline.sources import open_source
 from pipeline.sources.crc import crc32c
-from pipeline.storage import open_storage
+from pipeline.storage import canonical_json, open_storage
 from pipeline.stream import Stream
 from pipeline.verify import problems
 from tests.pipeline import layouts
@@ -138,6 +139,13 @@ def flipped(position: int) -> Callable[[bytearray], object]:
     return change
 
 
+def renamed_column(path: Path) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.parquet.read_table(path)
+    pyarrow.parquet.write_table(table.rename_columns(["picture", *table.column_names[1:]]), path)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -155,6 +163,12 @@ def flipped(position: int) -> Callable[[bytearray], object]:
             lambda r: np.savez(r / "train_x.npz", data=np.array([{}, 1], object), labels=np.ones(2)),
             "not an npz batch .*object",
         ),
+        ("npz", lambda r: np.savez(r / "train_x.npz", data=np.uint8(3), labels=np.int64(2)), "expected uint8"),
+        ("celeba-tfr", lambda r: first(r, "train-r05*").write_bytes(b""), "an empty file"),
+        ("celeba-tfr", lambda r: first(r, "train-r05*").write_bytes(layouts.record(b"\x0b")), "no raw picture"),
+        ("celeba-tfr", lambda r: first(r, "train-r05*").write_bytes(layouts.record(b"\xff" * 99)), "no raw picture"),
+        ("celeba-tfr", lambda r: first(r, "train-r05*").write_bytes(layouts.record(b"\n\x7f")), "no raw picture"),
+        ("parquet", lambda r: renamed_column(first(r, "train-*1-of*")), "columns .*'picture'.*, and train-00000.*same"),
         ("img2dataset", lambda r: spoil(first(r, "*.tar"), lambda d: d.clear()), "cut or damaged"),
         ("aligned CelebA", lambda r: first(r, "000003.png").unlink(), "1 rows without image"),
         ("aligned CelebA", lambda r: spoil(first(r, "list_eval*"), lambda d: d.extend(b"\n7 9")), r"FILE 0\|1\|2"),
@@ -168,6 +182,47 @@ def test_what_is_damaged_is_refused_by_name(
     with pytest.raises(DataError, match=message) as caught:
         open_source(str(tmp_path), "auto", tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tar", "suffix", "data", "message"),
+    [
+        ("train-9.tar", "json", b"[" * 200_000, r"train-9\.tar: sample 'x': the metadata is not JSON"),
+        ("train-9.tar", "cls", b"1" * 5000, r"train-9\.tar: sample 'x': a class of 5000 letters"),
+        ("more-9.tar", "cls", b"1", r"more-9\.tar.*: in no split, and others are \(e\.g\. train-0\.tar"),
+    ],
+    ids=["nested", "digits", "stray"],
+)
+def test_odd_shards_of_others_are_a_line_on_both_roads(
+    tmp_path: Path, tar: str, suffix: str, data: bytes, message: str
+) -> None:
+    for name, own in (("train-0.tar", b""), ("val-0.tar", b""), (tar, data)):
+        with tarfile.open(tmp_path / name, "w") as archive:
+            layouts.add(archive, "x.png", layouts.png(layouts.pixels_of(1)))
+            layouts.add(archive, f"x.{suffix}", own)
+    with pytest.raises(DataError, match=message):
+        open_source(str(tmp_path))
+    with pytest.raises(DataError, match=message):
+        survey(open_storage(str(tmp_path)), "auto", 0, "", map, lambda images: None)
+
+
+def test_a_parquet_file_in_no_split_is_refused(tmp_path: Path) -> None:
+    layouts.parquet(tmp_path, 8)
+    first(tmp_path, "train-*").rename(tmp_path / "data" / "extra.parquet")
+    with pytest.raises(DataError, match=r"data/extra\.parquet/000000: in no split"):
+        open_source(str(tmp_path), "auto", tmp_path)
+
+
+def test_our_own_shards_with_classes_beyond_the_manifest_are_refused(tmp_path: Path) -> None:
+    layouts.class_folders(tmp_path / "source", 12)
+    prepared(tmp_path / "source", tmp_path / "set", Options())
+    root = json.loads((tmp_path / "set/manifest.json").read_bytes())
+    root["labels"].pop()
+    for split in root["splits"].values():
+        split["counts"]["labels"].pop()
+    (tmp_path / "set/manifest.json").write_bytes(canonical_json(root))
+    with pytest.raises(DataError, match=r"train-000000\.tar: row \d: label 1, the manifest names 1 classes"):
+        open_source(str(tmp_path / "set"))
 
 
 def test_only_celeba_knows_its_partition(tmp_path: Path) -> None:

@@ -73,9 +73,11 @@ def test_a_csv_of_attributes(tmp_path: Path) -> None:
 
 def test_a_jsonl_of_signed_attributes(tmp_path: Path) -> None:
     folder_of(tmp_path, "a.png", "b.png")
-    rows = [{"image": "a.png", "Smiling": 1, "Old": 0}, {"image": "b.png", "Smiling": -1, "Old": True}]
+    rows = [{"image": "a.png", "Smiling": 1, "Old": 0}, {"image": "b.png", "Smiling": -1, "Old": True, "Hat": 1}]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert [item.attributes for item in open_source(str(tmp_path)).items] == [(1, 0), (-1, 1)]
+    source = open_source(str(tmp_path))
+    assert source.attributes == ("Smiling", "Old", "Hat")
+    assert [item.attributes for item in source.items] == [(1, 0, 0), (-1, 1, 1)]
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -139,17 +141,27 @@ def add(name: str, text: str) -> Callable[[Path], object]:
     ("prepare", "message"),
     [
         (lambda root: None, "no images here"),
-        (lambda root: folder_of(root, "train/a.png", "stray.png"), r"stray\.png: image outside"),
+        (lambda root: folder_of(root, "train/a.png", "stray.png"), r"stray\.png: in no split, and others are"),
         (lambda root: folder_of(root, "CelebA-HQ-img/0.jpg"), "CelebAMask-HQ is not complete"),
         (lambda root: (folder_of(root, "a.png"), add("attributes.csv", "file,A\na.png,1,2\n")(root)), "more or fewer"),
         (lambda root: (folder_of(root, "a.png"), add("attributes.csv", "file,A\na.png,7\n")(root)), "'7' is not 1"),
         (lambda root: (folder_of(root, "a.png"), add("attributes.csv", "file,A\nb.png,1\n")(root)), "no image b"),
         (lambda root: (folder_of(root, "a.png"), add("attributes.csv", "name,A\na.png,1\n")(root)), "no column names"),
+        (lambda root: (folder_of(root, "a.png"), add("attributes.csv", "file,A,A\na.png,1,0\n")(root)), "one name"),
         (
             lambda root: (folder_of(root, "a.png"), add("metadata.csv", "file,A\na.png,1\na.png,1\n")(root)),
             r"two rows for a\.png",
         ),
         (lambda root: (folder_of(root, "a.png"), add("metadata.jsonl", "{\n")(root)), "line 1 is not JSON"),
+        (lambda root: (folder_of(root, "a.png"), add("metadata.jsonl", "[" * 200_000)(root)), "line 1 is not JSON"),
+        (
+            lambda root: (folder_of(root, "a.png"), add("metadata.jsonl", '{"image": "a.png"}\n{"A": 1}\n')(root)),
+            r"metadata\.jsonl: row 2 has no image",
+        ),
+        (
+            lambda root: (folder_of(root, "a.png"), add("metadata.csv", "file,A\na.png," + "1" * 200_000)(root)),
+            r"metadata\.csv: no CSV \(field larger",
+        ),
         (
             lambda root: (folder_of(root, "a.png"), add("metadata.jsonl", "")(root), add("metadata.csv", "")(root)),
             "more than one attribute table",
@@ -217,6 +229,14 @@ def test_split_rules(tmp_path: Path) -> None:
         assign(own, "glow-like", 0)
     with pytest.raises(DataError, match="11 images without split"):
         assign([Item(file=Path("x"), source=f"x{n}.png") for n in range(11)], str(table), 0)
+    for text, message in (
+        (table.read_text() + "0.png,val\n", r"splits\.csv: 0\.png is listed twice"),
+        ("image,split\n\xe9.png,train\n", r"splits\.csv: not UTF-8"),
+        ("image,split\n0.png,a/b\n", r"splits\.csv: split 'a/b'"),
+    ):
+        table.write_bytes(text.encode("latin-1"))
+        with pytest.raises(DataError, match=message):
+            assign(items(10), str(table), 0)
     for wrong in ("random:x:1", "random:1", "random:1:2", "nine"):
         with pytest.raises(UsageError, match="no split"):
             assign(items(10), wrong, 0)
