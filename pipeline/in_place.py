@@ -20,7 +20,7 @@ from pipeline.pictures import inspect
 from pipeline.prepare import tool
 from pipeline.scratch import scratch
 from pipeline.shards import decode
-from pipeline.sources.item import FREE, Item, refuse_stray
+from pipeline.sources.item import FREE, Item, refuse_odd_names, refuse_stray
 from pipeline.sources.tables import split_name
 from pipeline.sources.webdataset import class_names, is_sign, samples
 from pipeline.splits import assign, named_rule
@@ -55,6 +55,7 @@ def survey(
     image = _common(storage, found)
     names, labels = _names(list(found.values())), class_names({word for own in found.values() for word in own.labels})
     items = [Item(file=Path(key), source=key, split=split_name(Path(key).name)) for key in keys]
+    refuse_odd_names((*names, *labels), storage.url)
     refuse_stray(items)
     splits = {
         name: _split([found[item.source] for item in sorted(chosen, key=lambda item: item.source)], names, labels)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pipeline.errors import DataError, UsageError
 from pipeline.sources import arrays, celeba, folder, parquet, tfrecord, webdataset
-from pipeline.sources.item import Item, Source, refuse_stray
+from pipeline.sources.item import Item, Source, refuse_odd_names, refuse_stray
 from pipeline.sources.tables import text_of
 
 __all__ = ["KINDS", "Item", "Source", "open_source"]
@@ -58,6 +58,7 @@ def open_source(where: str, kind: str = "auto", scratch: Path | None = None) -> 
     source = KINDS[kind].read(root, scratch or Path(tempfile.gettempdir()))
     if not source.items:
         raise DataError("no images here", where=where, cure=f"looked for {', '.join(folder.SUFFIXES)}")
+    refuse_odd_names((*source.attributes, *source.labels, *(item.source for item in source.items)), where)
     refuse_stray(source.items)
     return source.licensed(_license(root))
 

@@ -127,10 +127,12 @@ def _array(path: Path, name: str, scratch: Path) -> _Array:
             with Path(os.devnull).open("wb") if stored else _new_file(scratch) as out:
                 shutil.copyfileobj(member, out, 1 << 20)
             with (path if stored else Path(out.name)).open("rb") as file:
-                file.seek(_begin(file, info) if stored else 0)
+                begin = file.seek(_begin(file, info) if stored else 0)
                 shape, fortran, dtype = _header(file)
                 if fortran or dtype.hasobject:
                     raise ValueError(f"{name} is {dtype}, {'Fortran' if fortran else 'C'} order")
+                if file.tell() - begin + math.prod(shape) * dtype.itemsize != info.file_size:
+                    raise ValueError(f"{name} says {list(shape)}, and is {info.file_size} bytes")
                 return _Array(Path(file.name), file.tell(), shape, dtype)
     except (KeyError, OSError, ValueError, struct.error, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"not an npz batch with data and labels ({error})", where=str(path), cure=CURE) from error

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 
@@ -86,6 +87,13 @@ def refuse_stray(items: Sequence[Item]) -> None:
         what = f"in no split, and others are (e.g. {placed[0].source} in {placed[0].split})"
         cure = "begin all names, or folders at the top, with train, val or test, or none of them"
         raise DataError(what, where=stray[0].where, cure=cure)
+
+
+def refuse_odd_names(names: Iterable[str], where: str) -> None:
+    """DataError where a name of an attribute, class or file is empty, no UTF-8, or would break the lines of a card."""
+    for name in names:
+        if not name or (not name.isprintable() and any(category(letter) in ("Cc", "Cs") for letter in name)):
+            raise DataError(f"odd name {name!r}", where=where, cure="rename it: UTF-8 without control characters")
 
 
 def _netpbm(data: bytes, shape: tuple[int, ...], planar: bool) -> bytes:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import tarfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -139,6 +141,15 @@ def flipped(position: int) -> Callable[[bytearray], object]:
     return change
 
 
+def overstated(path: Path) -> None:
+    """An npz whose labels say they are more than there are: what follows them in the file would be read."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, values in (("data", np.zeros((2, 3), np.uint8)), ("labels", np.ones(2, np.int64))):
+            buffer = io.BytesIO()
+            np.save(buffer, values)
+            archive.writestr(f"{name}.npy", buffer.getvalue().replace(b"(2,)", b"(9,)"))
+
+
 def renamed_column(path: Path) -> None:
     import pyarrow.parquet
 
@@ -164,6 +175,7 @@ def renamed_column(path: Path) -> None:
             "not an npz batch .*object",
         ),
         ("npz", lambda r: np.savez(r / "train_x.npz", data=np.uint8(3), labels=np.int64(2)), "expected uint8"),
+        ("npz", lambda r: overstated(r / "train_x.npz"), r"labels says \[9\], and is 144 bytes"),
         ("celeba-tfr", lambda r: first(r, "train-r05*").write_bytes(b""), "an empty file"),
         ("celeba-tfr", lambda r: first(r, "train-r05*").write_bytes(layouts.record(b"\x0b")), "no raw picture"),
         ("celeba-tfr", lambda r: first(r, "train-r05*").write_bytes(layouts.record(b"\xff" * 99)), "no raw picture"),
@@ -189,9 +201,11 @@ def test_what_is_damaged_is_refused_by_name(
     [
         ("train-9.tar", "json", b"[" * 200_000, r"train-9\.tar: sample 'x': the metadata is not JSON"),
         ("train-9.tar", "cls", b"1" * 5000, r"train-9\.tar: sample 'x': a class of 5000 letters"),
+        ("train-9.tar", "json", b'{"label": "\\ud800"}', r"odd name '.ud800'; rename it"),
+        ("train-9.tar", "cls", b"a\n|b", r"odd name 'a.n\|b'"),
         ("more-9.tar", "cls", b"1", r"more-9\.tar.*: in no split, and others are \(e\.g\. train-0\.tar"),
     ],
-    ids=["nested", "digits", "stray"],
+    ids=["nested", "digits", "surrogate", "newline", "stray"],
 )
 def test_odd_shards_of_others_are_a_line_on_both_roads(
     tmp_path: Path, tar: str, suffix: str, data: bytes, message: str

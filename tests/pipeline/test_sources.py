@@ -142,6 +142,7 @@ def add(name: str, text: str) -> Callable[[Path], object]:
     [
         (lambda root: None, "no images here"),
         (lambda root: folder_of(root, "train/a.png", "stray.png"), r"stray\.png: in no split, and others are"),
+        (lambda root: folder_of(root, "a.png", "b\udce9.png"), r"odd name 'b.udce9\.png'; rename it"),
         (lambda root: folder_of(root, "CelebA-HQ-img/0.jpg"), "CelebAMask-HQ is not complete"),
         (lambda root: (folder_of(root, "a.png"), add("attributes.csv", "file,A\na.png,1,2\n")(root)), "more or fewer"),
         (lambda root: (folder_of(root, "a.png"), add("attributes.csv", "file,A\na.png,7\n")(root)), "'7' is not 1"),
