@@ -193,7 +193,8 @@ def compare(name: Name, one: Which, other: Which, /, uri: str = "", data: str = 
     first, second = (int(word) if word.isdecimal() else registry.resolve(name, word) for word in (one, other))
     evidence = evidence_of(registry, name, first, data)
     models = [registry.load(name, version) for version in (first, second)]
-    old, new = (evidence(model).evaluation for model in models)
+    split = models[0].config.data["validation"]
+    old, new = (evidence(loaded, split).evaluation for loaded in models)
     found = paired(new, old)
     lossless = open_manifest(open_storage(data)).lossless if data else models[0].config.data.get("lossless", True)
     if json:
@@ -265,8 +266,10 @@ def _print_promotion(promotion: Promotion, request: Request) -> None:
         print(f"{where} {done} version {promotion.entry.version} (ledger entry {promotion.entry.sequence})")
 
 
-def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = "") -> Callable[[LoadedModel], Evidence]:
-    """What models say about the held-out images of a version's dataset: as a run's review says, or evaluated now."""
+def evidence_of(
+    registry: ModelRegistry, name: str, version: int, data: str = ""
+) -> Callable[[LoadedModel, str], Evidence]:
+    """What models say about a split of a version's dataset: as a run's review says, or evaluated now."""
     from pipeline.gates import Evidence
     from pipeline.lineage import findings
     from pipeline.manifest import open_manifest
@@ -280,10 +283,10 @@ def evidence_of(registry: ModelRegistry, name: str, version: int, data: str = ""
     digest = open_manifest(open_storage(data)).digest if data else tags.get("data.digest", "")
     said: dict[str, Evidence] = {}
 
-    def evidence(loaded: LoadedModel) -> Evidence:
+    def evidence(loaded: LoadedModel, split: str) -> Evidence:
         if loaded.digest not in said:
             own = registry.tags_of_digest(name, loaded.digest)
-            split, weights = loaded.config.data["validation"], loaded.files["weights.safetensors"]
+            weights = loaded.files["weights.safetensors"]
             kept = kept_review(open_storage(run), split, weights, digest) if (run := own.get(RUN_TAG)) else None
             found = kept.main if kept else evaluate_model(loaded, prefix, split, digest)
             said[loaded.digest] = Evidence(loaded, found, findings(loaded, own))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pipeline.errors import ConfigError
 from pipeline.evaluate import Evaluation, Figure
 
 
@@ -18,12 +19,18 @@ class Comparison:
 
     @property
     def worst_class(self) -> tuple[str, Figure] | None:
-        """The class that gets worst, or least better."""
-        return max(self.classes.items(), key=lambda item: item[1].mean, default=None)
+        """Of the classes that get worse by more than chance the worst; where none does, the highest of all."""
+        return max(self.classes.items(), key=lambda item: (_surely_worse(item[1]), item[1].mean), default=None)
 
 
 def compare(new: Evaluation, old: Evaluation) -> Comparison:
-    """Paired differences; both must be about the same images in the same order."""
+    """Paired differences; ConfigError unless both are about the same images in the same order, at the same depth."""
+    if new.bits != old.bits:
+        found = f"{new.bits}-bit images against {old.bits}-bit ones: their bits/dim are of different data"
+        raise ConfigError(found, cure="register the one under another name, or train both at one data.bits")
+    if new.labels != old.labels:
+        found = f"{len(new.values)} images against {len(old.values)}, or of other classes"
+        raise ConfigError(f"not the same images: {found}", cure="evaluate both on one split of one dataset")
     differences = [a - b for a, b in zip(new.values, old.values, strict=True)]
     by_class = {
         name: Figure.of([d for d, label in zip(differences, new.labels, strict=True) if label == index])
@@ -49,3 +56,7 @@ def verdict(difference: Figure) -> str:
     if abs(difference.mean) <= 2 * difference.stderr:
         return "within two standard errors"
     return "better" if difference.mean < 0 else "worse"
+
+
+def _surely_worse(difference: Figure) -> bool:
+    return difference.mean > 2 * difference.stderr

@@ -50,23 +50,24 @@ class Request:
 def promote(
     registry: ModelRegistry,
     request: Request,
-    evidence: Callable[[LoadedModel], Evidence],
+    evidence: Callable[[LoadedModel, str], Evidence],
     limits: Limits | None = None,
     announce: Callable[[Sequence[Result]], None] = lambda results: None,
 ) -> Promotion:
     """Reconcile, gates, ledger, alias, in this order.
 
-    `evidence` evaluates a model on the held-out images; `announce` is told the gate table before anything follows from
-    it. Raises GateError where a gate fails that is not in `request.forced`, ConflictError where another promotion came
-    in between; either leaves everything as it was.
+    `evidence` evaluates a model on a split, that of `version` for both sides; `announce` is told the gate table before
+    anything follows from it. Raises GateError where a gate fails that is not in `request.forced`, ConflictError where
+    another promotion came in between; either leaves everything as it was.
     """
     ledger, entries = _opened(registry, request)
     before = current(entries, request.alias)
     loaded = registry.load(request.name, request.version)
     if before is not None and (before.version, before.digest) == (request.version, loaded.digest):
         return Promotion(before, ())
-    champion = evidence(registry.load(request.name, before.version)) if before else None
-    results = tuple(judge(evidence(loaded), champion, limits or Limits()))
+    split = loaded.config.data["validation"]
+    champion = evidence(registry.load(request.name, before.version), split) if before else None
+    results = tuple(judge(evidence(loaded, split), champion, limits or Limits()))
     announce(results)
     failed = refuse_failures(results, request.forced, f"models:/{request.name}/{request.version}")
     return _decided(registry, request, ledger, entries, loaded.digest, results, failed)

@@ -215,7 +215,7 @@ def test_the_champion_loads_by_path_in_a_fresh_environment_without_ray_and_mlflo
         subprocess.run(words, check=True, cwd=source)
     listed = subprocess.run([python, "-m", "pip", "list"], check=True, capture_output=True, text=True).stdout
     assert "glow-pipeline" in listed
-    assert not re.search(r"^(ray|mlflow|nvidia\S*) ", listed, re.MULTILINE)
+    assert not re.search(r"^(ray|mlflow) ", listed, re.MULTILINE)
     bare = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}
     loading = [python, "-c", LOADER, str(model)]
     done = subprocess.run(loading, capture_output=True, text=True, env=bare, cwd=tmp_path)

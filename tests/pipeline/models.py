@@ -14,7 +14,7 @@ from pipeline.storage import open_storage
 NAMES = ("Smiling", "Eyeglasses", "Wearing_Hat")
 
 
-def tiny_config(seed_data: str = "ab") -> ModelConfig:
+def tiny_config(seed_data: str = "ab", validation: str = "val") -> ModelConfig:
     """A conditional model of two levels over 8 px images."""
     glow = GlowConfig(size=8, channels=3, levels=2, steps=2, width=8, classes=2, attributes=3, condition_splits=True)
     return ModelConfig(
@@ -23,7 +23,7 @@ def tiny_config(seed_data: str = "ab") -> ModelConfig:
         attributes=(*NAMES, "Bald"),
         editable=NAMES,
         labels=("left", "right"),
-        data={"digest": seed_data * 32, "license": "CC0-1.0"},
+        data={"digest": seed_data * 32, "license": "CC0-1.0", "validation": validation},
     )
 
 
@@ -44,9 +44,9 @@ def conditions(count: int = 10) -> tuple[Tensor, Tensor]:
     return rows % 2, torch.stack([rows % 2, rows // 2 % 2, rows // 4 % 2], dim=1).mul(2).sub(1).to(torch.int8)
 
 
-def write_tiny(folder: Path, seed: int = 0, run: str = "run-1") -> str:
+def write_tiny(folder: Path, seed: int = 0, run: str = "run-1", validation: str = "val") -> str:
     """Write a tiny model folder; returns its artifact digest."""
-    config = tiny_config()
+    config = tiny_config(validation=validation)
     model = tiny_model(config, seed)
     directions = [torch.full((3, *shape), 0.5) for shape in model.latent_shapes()]
     lineage = {"schema": 1, "run": run}

@@ -34,11 +34,11 @@ def processes() -> ForkServerContext:
     return context
 
 
-def once_all_are_here(wanted: str, start: Barrier, loaded: LoadedModel) -> Evidence:
+def once_all_are_here(wanted: str, start: Barrier, loaded: LoadedModel, split: str) -> Evidence:
     """Say something about a model; of the one to be promoted, not of the champion, when everybody is asked."""
     if loaded.digest == wanted:
         start.wait(HANG)
-    return saying(2.0, 2.1)(loaded)
+    return saying(2.0, 2.1)(loaded, split)
 
 
 def race(

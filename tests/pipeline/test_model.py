@@ -36,8 +36,8 @@ def load(folder: Path, digest: str = "") -> LoadedModel:
 def test_config_json_has_these_bytes(folder: Path) -> None:
     assert (folder / "config.json").read_bytes() == (
         b'{"attributes":["Smiling","Eyeglasses","Wearing_Hat","Bald"],"bits":5,"data":{"digest":"' + b"ab" * 32 + b'",'
-        b'"license":"CC0-1.0"},"editable":["Smiling","Eyeglasses","Wearing_Hat"],"family":"glow","labels":["left",'
-        b'"right"],"model":{"attributes":3,"channels":3,"classes":2,"condition_splits":true,"condition_steps":false,'
+        b'"license":"CC0-1.0","validation":"val"},"editable":["Smiling","Eyeglasses","Wearing_Hat"],"family":"glow",'
+        b'"labels":["left","right"],"model":{"attributes":3,"channels":3,"classes":2,"condition_splits":true,"condition_steps":false,'
         b'"coupling":"affine","levels":2,"mixing":"lu","size":8,"steps":2,"width":8},"schema":1}\n'
     )
 

@@ -12,6 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 
+from pipeline.comparison import compare
 from pipeline.errors import ConfigError, ConflictError, DataError, GateError, UsageError
 from pipeline.gates import Evidence, Limits, judge, read_limits
 from pipeline.model import LoadedModel
@@ -90,9 +91,9 @@ def test_a_promotion_overtaken_during_its_gates_loses(registry: ModelRegistry, t
     for seed in (0, 1):
         register(registry, tmp_path / f"m{seed}", seed)
 
-    def slow(loaded: LoadedModel) -> Evidence:
+    def slow(loaded: LoadedModel, split: str) -> Evidence:
         promoted(ModelRegistry(registry.uri), 2, saying(2.0, 2.1))
-        return saying(2.0, 2.1)(loaded)
+        return saying(2.0, 2.1)(loaded, split)
 
     with pytest.raises(ConflictError, match="version 2 to champion by"):
         promoted(registry, 1, slow)
@@ -103,6 +104,31 @@ def test_a_promotion_overtaken_during_its_gates_loses(registry: ModelRegistry, t
 def test_aliases_are_lower_case_words(registry: ModelRegistry, alias: str) -> None:
     with pytest.raises(UsageError, match="alias"):
         promoted(registry, 1, saying(2.0), alias=alias)
+
+
+def test_what_is_not_about_the_same_data_is_not_compared() -> None:
+    mine = evaluation([1.0, 3.0, 1.5, 3.5])
+    for other, told in (
+        (dataclasses.replace(mine, bits=8), "5-bit images against 8-bit"),
+        (evaluation([1.0, 3.0]), "4 images against 2"),
+        (dataclasses.replace(mine, labels=(1, 0, 0, 1)), "or of other classes"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            compare(mine, other)
+
+
+def test_both_are_judged_on_the_split_of_the_challenger(registry: ModelRegistry, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def evidence(loaded: LoadedModel, split: str) -> Evidence:
+        asked.append(split)
+        return saying(2.0, 2.1)(loaded, split)
+
+    for seed, split in ((0, "val"), (1, "test")):
+        register(registry, tmp_path / f"m{seed}", seed, validation=split)
+    promoted(registry, 1, evidence)
+    promoted(registry, 2, evidence)
+    assert asked == ["val", "test", "test"]
 
 
 def test_gates_compare_pair_by_pair_beyond_chance(tmp_path: Path) -> None:
@@ -121,6 +147,11 @@ def test_gates_compare_pair_by_pair_beyond_chance(tmp_path: Path) -> None:
     assert worse["worst_class"]
     assert passed([1.3, 2.8, 1.6, 3.3], old)["bits_per_dim"]  # better or worse by chance
     assert not passed([v + 0.05 * (index % 2) for index, v in enumerate(old)], old)["worst_class"]
+    # one class is surely worse, by 0.03, and the other by chance, by 0.1 on the mean
+    assert not passed([1.0 + 0.3, 3.0 + 0.03, 1.5 - 0.1, 3.5 + 0.03], old)["worst_class"]
+    assert not passed([v + 0.007 + d for v, d in zip(old, (-0.003, 0.003, -0.003, 0.003), strict=True)], old)[
+        "bits_per_dim"
+    ]  # 0.0070 ± 0.0017: more than the limit, and more than two standard errors
     assert not passed([float("nan"), 1.0], [1.0, 1.0])["bits_per_dim"]
     tight = dataclasses.replace(LIMITS, saturated=0.0)
     bright = dataclasses.replace(evaluation(old), ends=1.0)  # data that is black and white itself

@@ -37,20 +37,20 @@ def evaluation(values: list[float], round_trip: float = 1e-6) -> Evaluation:
     )
 
 
-def saying(*values: float, **rest: float) -> Callable[[LoadedModel], Evidence]:
+def saying(*values: float, **rest: float) -> Callable[[LoadedModel, str], Evidence]:
     """Evidence with these bits/dim for every model."""
-    return lambda loaded: Evidence(loaded, evaluation(list(values), **rest))
+    return lambda loaded, split: Evidence(loaded, evaluation(list(values), **rest))
 
 
-def by_digest(found: dict[str, list[float]]) -> Callable[[LoadedModel], Evidence]:
+def by_digest(found: dict[str, list[float]]) -> Callable[[LoadedModel, str], Evidence]:
     """Evidence with these bits/dim by artifact digest."""
-    return lambda loaded: Evidence(loaded, evaluation(found[loaded.digest]))
+    return lambda loaded, split: Evidence(loaded, evaluation(found[loaded.digest]))
 
 
 def promoted(
     registry: ModelRegistry,
     version: int,
-    evidence: Callable[[LoadedModel], Evidence],
+    evidence: Callable[[LoadedModel, str], Evidence],
     announce: Callable[[Sequence[Result]], None] = lambda results: None,
     name: str = "faces",
     **words: Any,
@@ -59,7 +59,7 @@ def promoted(
     return promote(registry, Request(name=name, version=version, **words), evidence, LIMITS, announce)
 
 
-def register(registry: ModelRegistry, folder: Path, seed: int = 0, name: str = "faces") -> int:
-    write_tiny(folder, seed)
+def register(registry: ModelRegistry, folder: Path, seed: int = 0, name: str = "faces", validation: str = "val") -> int:
+    write_tiny(folder, seed, validation=validation)
     run, _ = found_or_made(registry.client, TrackingConfig(uri=registry.uri), "run", f"key-{seed}")
     return registry.register(name, folder, run, {"step": "12"})
