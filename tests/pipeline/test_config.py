@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
+from glow import RealNVPConfig
 from jobs.presets import PRESETS
+from pipeline.bounds import BOUNDS, refuse_out_of_bounds
 from pipeline.config import TrainConfig, read_config, refuse_impossible, write_config
 from pipeline.errors import ConfigError
 from pipeline.fingerprint import fingerprint
@@ -128,13 +131,13 @@ def test_the_fingerprint_of_a_tree_is_final() -> None:
     [
         ("data.bits", 9, "data.bits is 9"),
         ("schedule.leaf", 5, "does not divide"),
-        ("schedule.leaf", 0, "count images"),
+        ("schedule.leaf", 0, "schedule.leaf is 0; images, 1 or more"),
         ("schedule.images", 0, "schedule.images is 0"),
         ("schedule.checkpoint_every", 0, "never comes round"),
         ("evaluate.every", 0, "never comes round"),
         ("schedule.keep", 0, "schedule.keep is 0"),
-        ("optim.lr", 0.0, "out of range"),
-        ("optim.beta1", 1.0, "out of range"),
+        ("optim.lr", 0.0, "optim.lr is 0.0; above 0"),
+        ("optim.beta1", 1.0, "optim.beta1 is 1.0; 0 or more, below 1"),
         ("optim.ema_halflife", 0, "ema_halflife is 0"),
         ("cluster.workers", 5, "5 workers for 4 leaves"),
         ("cluster.min_workers", 1, "cluster.min_workers is 1"),
@@ -143,11 +146,60 @@ def test_the_fingerprint_of_a_tree_is_final() -> None:
         ("tracking.uri", "postgresql://host/db?password=secret", "^tracking.uri holds a password"),
         ("name", "a/b", "name is 'a/b'"),
         ("name", "", "name is ''"),
+        ("name", "a" * 300, "name is 'a+'...; a folder name of at most 200 bytes"),
+        ("name", "ü" * 101, "at most 200 bytes"),
+        ("name", "two\nlines", r"name is 'two\\nlines'"),
+        ("memory.anchor_every", (), "memory.anchor_every is empty"),
+        ("memory.anchor_every", (4, -1), "memory.anchor_every is -1"),
+        ("evaluate.temperatures", (0.7, math.nan), "evaluate.temperatures is nan"),
+        ("seed", 2**64, "seed is 18446744073709551616; a whole number of 64 bits"),
     ],
 )
 def test_impossible_values_are_refused(path: str, value: Any, finding: str) -> None:
     with pytest.raises(ConfigError, match=finding):
         refuse_impossible(changed(path, value))
+
+
+def numeric(config: Any, path: str = "") -> dict[str, type]:
+    """Name with dots -> int or float, of every setting whose declared type takes a number."""
+    found: dict[str, type] = {}
+    for name, kind in get_type_hints(type(config)).items():
+        if dataclasses.is_dataclass(value := getattr(config, name)):
+            found |= numeric(value, f"{path}{name}.")
+        found |= [(path + name, number) for number in (int, float) if number in within(kind)]
+    return found
+
+
+def within(kind: Any) -> list[Any]:
+    """A type, and those that it is made of."""
+    return [kind, *(part for some in get_args(kind) for part in within(some))]
+
+
+NUMBERS = numeric(TrainConfig()) | numeric(TrainConfig(model=RealNVPConfig()))
+
+
+def test_every_number_has_a_row_of_bounds_and_every_row_a_number() -> None:
+    assert BOUNDS.keys() == NUMBERS.keys()
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_no_number_out_of_its_bounds_reaches_a_run(path: str) -> None:
+    least, most, words = BOUNDS[path]
+    table, key = path.split(".") if "." in path else ("", path)
+    base = TrainConfig(model=RealNVPConfig()) if key in ("residuals", "constraint") else TrainConfig()
+    default = getattr(getattr(base, table) if table else base, key)
+
+    def having(value: float) -> TrainConfig:
+        changes = {key: (value,) if isinstance(default, tuple) else value}
+        return replace(base, **({table: replace(getattr(base, table), **changes)} if table else changes))
+
+    for value in (least, most):
+        refuse_out_of_bounds(having(value))
+    whole = NUMBERS[path] is int
+    for value in (least - 1, most + 1 if whole else math.inf, -math.inf, math.nan):
+        with pytest.raises(ConfigError) as caught:
+            refuse_impossible(having(value))
+        assert str(caught.value) == f"{path} is {value}; {words}"
 
 
 @pytest.mark.parametrize("name", PRESETS)
