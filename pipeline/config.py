@@ -262,7 +262,7 @@ def refuse_impossible(config: TrainConfig) -> None:
         (not config.name.isprintable() or len(config.name.encode(errors="replace")) > NAME_BYTES,
          f"name is {config.name[:20]!r}{'...' * (len(config.name) > 20)}",
          f"a folder name of at most {NAME_BYTES} bytes, all printable"),
-        (not config.name or "/" in config.name or config.name.startswith("."), f"name is {config.name!r}",
+        (not config.name or {"/", "\\"} & {*config.name} or config.name.startswith("."), f"name is {config.name!r}",
          "a folder name"),
     ):  # fmt: skip
         if bad:
