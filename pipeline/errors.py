@@ -76,6 +76,10 @@ class RemoteError(PipelineError):
     exit_code = 7
 
 
+class PeerLostError(RemoteError):
+    """Another worker of the group is gone, and with it what was done together; it knows why."""
+
+
 class DivergedError(PipelineError):
     """Training produced non-finite or exploding gradients past its bound."""
 

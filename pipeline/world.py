@@ -9,6 +9,7 @@ others waiting.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.errors import ConfigError, PipelineError
+from pipeline.errors import ConfigError, PeerLostError, PipelineError
 
 T = TypeVar("T")
 Node = tuple[int, int]
@@ -55,8 +56,20 @@ _VARIABLES = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_W
 def joined(world: World, rendezvous: str = "env://", timeout: float = 300) -> Iterator[None]:
     """Be in a process group: nothing to do when alone or when a launcher (Ray Train) has joined already.
 
-    `timeout` (seconds) bounds every collective, so that a dead peer is an error and never a hang.
+    `timeout` (seconds) bounds every collective, so that a dead peer is an error and never a hang. What torch raises
+    inside is told `in_words` where it can be.
     """
+    try:
+        with _group(world, rendezvous, timeout):
+            yield
+    except Exception as error:
+        if told := in_words(error):
+            raise told from error
+        raise
+
+
+@contextmanager
+def _group(world: World, rendezvous: str, timeout: float) -> Iterator[None]:
     if world.size == 1 or dist.is_initialized():
         yield
         return
@@ -74,6 +87,24 @@ def joined(world: World, rendezvous: str = "env://", timeout: float = 300) -> It
         yield
     finally:
         dist.destroy_process_group()
+
+
+def in_words(error: Exception) -> PipelineError | None:
+    """What a person can do about an error of torch: no memory, which comes again, or a peer that is gone."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
+    ):
+        found = ". ".join(text.splitlines()[0].split(". ")[:2]) if text else "out of memory"
+        return ConfigError(found, cure="a smaller schedule.leaf, or --memory.anchor-every plan")
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _BROKEN.search(text)):
+        cure = "its own line says why; the same command goes on from the last checkpoint"
+        return PeerLostError("another worker is gone", cure=cure)
+    return None
+
+
+_NO_MEMORY = re.compile("out of memory|can't allocate memory")
+_BROKEN = re.compile(r"gloo/transport|Connection (closed|reset) by peer")
 
 
 def leaf_range(world: World, leaves: int) -> range:

@@ -21,7 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.start import SIGNALS, HeadLostError, started
-from jobs.cluster.worker import Mailbox, Report, Row, Work, counted, final, first_of, loop, traces_of, train_worker
+from jobs.cluster.worker import (
+    Mailbox,
+    Report,
+    Row,
+    Work,
+    counted,
+    final,
+    first_of,
+    loop,
+    own_of,
+    traces_of,
+    train_worker,
+)
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import ConfigError, PipelineError, interruption
 from pipeline.storage import open_storage
@@ -122,9 +134,8 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
                     raise error
                 event = f"worker {rank} failed ({type(error).__name__}); all go on from the last checkpoint"
                 mailbox.put.remote({"event": event, "workers": False})
-            own = next((error for error in worker_exceptions.values() if isinstance(error, PipelineError)), None)
-            trace = traces_of(worker_exceptions)
-            mailbox.put.remote({"failed": first_of(worker_exceptions), "trace": trace, "own": own})
+            failed, trace = first_of(worker_exceptions), traces_of(worker_exceptions)
+            mailbox.put.remote({"failed": failed, "trace": trace, "own": own_of(worker_exceptions)})
 
     cluster = config.cluster
     return TorchTrainer(

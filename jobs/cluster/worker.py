@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.config import TrainConfig
-from pipeline.errors import Interrupted, RemoteError
+from pipeline.errors import Interrupted, PeerLostError, PipelineError, RemoteError
 
 Row = dict[str, Any]
 Report = Callable[[Row], None]
@@ -46,14 +46,28 @@ class Mailbox:
 
 def final(error: Exception) -> bool:
     """Whether the same error would come again."""
-    return not isinstance(error, TRANSIENT) and not type(error).__module__.startswith("ray.")
+    return not isinstance(error, TRANSIENT) and not _of_ray(error)
 
 
 def first_of(errors: Mapping[int, Exception]) -> str:
     """What went wrong, of several ranks: a dead process, before the broken collectives of its neighbours."""
-    ordered = [error for _, error in sorted(errors.items())]
-    first = next((error for error in ordered if type(error).__module__.startswith("ray.")), ordered[0])
+    first = min((errors[rank] for rank in sorted(errors)), key=lambda error: (_follows(error), not _of_ray(error)))
     return f"{type(first).__name__}: {(str(first).strip() or 'no word').splitlines()[0]}"
+
+
+def own_of(errors: Mapping[int, Exception]) -> PipelineError | None:
+    """The error of ours that says why, where there is one: not that of a rank whose neighbour is gone."""
+    own = [errors[rank] for rank in sorted(errors) if not _follows(errors[rank])]
+    return next((error for error in own if isinstance(error, PipelineError)), None)
+
+
+def _follows(error: Exception) -> bool:
+    """Whether it came of what another rank met."""
+    return isinstance(error, PeerLostError)
+
+
+def _of_ray(error: Exception) -> bool:
+    return type(error).__module__.startswith("ray.")
 
 
 def traces_of(errors: Mapping[int, Exception]) -> str:

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from ray.exceptions import ActorDiedError
 
 from jobs.cluster.training import Patience
-from jobs.cluster.worker import Report, Row, Stop
+from jobs.cluster.worker import Report, Row, Stop, final, first_of, own_of
 from pipeline.config import ClusterConfig, TrainConfig
-from pipeline.errors import PipelineError, RemoteError
+from pipeline.errors import ConfigError, DataError, PeerLostError, PipelineError, RemoteError
+from pipeline.world import in_words
 from tests.jobs.runs import ENDLESS, NOTHING, Traces, followed, jobs, settings
 
 FAILURE = {"failed": "ActorDiedError: gone", "trace": "rank 0\nall of it"}
@@ -35,6 +38,40 @@ def test_failures_count_between_checkpoints(tmp_path: Path) -> None:
     away = RemoteError("nobody answers")
     with pytest.raises(RemoteError, match="nobody answers"):
         patience.note(FAILURE | {"own": away})
+
+
+GLOO = RuntimeError("[/x/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:5. This is")
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of")
+
+
+def test_no_memory_comes_again_and_a_lost_neighbour_does_not() -> None:
+    told = in_words(NO_MEMORY)
+    assert isinstance(told, ConfigError)
+    assert final(told)
+    assert str(told) == (
+        "CUDA out of memory. Tried to allocate 20.00 GiB; a smaller schedule.leaf, or --memory.anchor-every plan"
+    )
+    for error in (
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ):
+        assert isinstance(in_words(error), ConfigError)
+    for error in (GLOO, torch.distributed.DistBackendError("NCCL"), RuntimeError("Connection reset by peer")):
+        told = in_words(error)
+        assert isinstance(told, PeerLostError)
+        assert not final(told)
+    for error in (RuntimeError("another"), OSError("Connection reset by peer"), DataError("out of memory")):
+        assert in_words(error) is None
+
+
+def test_why_a_group_failed_is_told_by_the_rank_that_knows() -> None:
+    left, dead, refused = PeerLostError("gone"), ActorDiedError(), RemoteError("nobody answers")
+    assert first_of({0: left, 1: dead}).startswith("ActorDiedError: ")
+    assert own_of({0: left, 1: dead}) is None
+    assert first_of({0: left, 1: OSError("a cable")}) == "OSError: a cable"
+    assert own_of({0: left, 1: refused}) is refused
+    assert first_of({0: left, 1: left}) == "PeerLostError: gone"
 
 
 FAILING = """

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.errors import ConfigError, DataError, PipelineError
+from pipeline.errors import ConfigError, DataError, PeerLostError, PipelineError
 from pipeline.world import (
     TreeSum,
     World,
@@ -133,6 +133,17 @@ def asked(world: World) -> list[bool]:
 def test_one_rank_asking_is_heard_by_all() -> None:
     assert run_group(3, asked) == [[True, False]] * 3
     assert asked(World()) == [False, False]
+
+
+def waiting_for_who_left(world: World) -> None:
+    if world.rank == 1:
+        raise ConfigError("no room")
+    barrier(world)
+
+
+def test_a_peer_that_leaves_is_a_line_to_those_who_wait() -> None:
+    with pytest.raises(PeerLostError, match=r"^another worker is gone; its own line"):
+        run_group(2, waiting_for_who_left)
 
 
 def raise_for(rank: int, error: Exception) -> int:
