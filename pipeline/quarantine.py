@@ -2,20 +2,21 @@
 
 A stand-in is the next intact shard of the split, its rows repeated as needed: the position of every sample, and so
 the order, stays as it is on every rank. Samples of damaged shards are counted, rows that stand in are tagged, and more
-than one sample in a thousand is refused.
+than one sample in a thousand, of all that any rank has found, is refused.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipeline.cache import ShardCache
 from pipeline.errors import DataError
 from pipeline.shard_lines import Shard, Shards
-from pipeline.shards import ShardIndex
+from pipeline.shards import CURE, ShardIndex
 
 Policy = Literal["fail", "quarantine"]
 SHARE = 0.001
@@ -43,12 +44,24 @@ class Shelf:
     def __init__(self, cache: ShardCache, shards: Shards, policy: Policy) -> None:
         self._cache, self._shards, self._policy = cache, shards, policy
         self._lock = threading.Lock()
-        self._damaged: dict[int, int] = {}
+        self._damaged: dict[int, None] = {}
+
+    @property
+    def damaged(self) -> list[int]:
+        """Numbers of the shards found damaged, here or elsewhere."""
+        with self._lock:
+            return list(self._damaged)
 
     @property
     def quarantined(self) -> int:
-        """Samples in shards found damaged."""
-        return sum(self._damaged.values())
+        """Samples in those."""
+        return sum(self._shards[number].samples for number in self.damaged)
+
+    def told(self, numbers: Iterable[int]) -> None:
+        """Count what others found damaged, too; `DataError` where all of it is too much."""
+        with self._lock:
+            self._damaged |= dict.fromkeys(numbers)
+        self._refuse_too_many("other workers found damaged shards, too")
 
     def open(self, number: int) -> Opened:
         """Open a shard, or its stand-in; `DataError` where the policy allows none. Give it back with `close`."""
@@ -72,9 +85,12 @@ class Shelf:
     def _note(self, number: int, error: DataError) -> None:
         """Count a damaged shard; refuse it where it is one too many."""
         with self._lock:
-            self._damaged[number] = self._shards[number].samples
-            total = int(self._shards.samples.sum())
-            if self.quarantined > SHARE * total:
-                what = f"{error.what} ({self.quarantined} of {total} samples damaged, {SHARE:.1%} may be)"
-                raise DataError(what, where=error.where, cure=error.cure) from error
+            self._damaged[number] = None
+        self._refuse_too_many(error.what, error.where)
         log.warning("quarantined %s samples: %s", self._shards[number].samples, error)
+
+    def _refuse_too_many(self, what: str, where: str = "") -> None:
+        found, total = self.quarantined, int(self._shards.samples.sum())
+        if found > SHARE * total:
+            where = where or self._shards[min(self.damaged)].file
+            raise DataError(f"{what} ({found} of {total} samples damaged, {SHARE:.1%} may be)", where=where, cure=CURE)

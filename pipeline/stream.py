@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +124,15 @@ class Stream:
             "data/requests_repeated": float(self._storage.retries),
             "data/samples_quarantined": float(self._shelf.quarantined),
         }
+
+    @property
+    def damaged(self) -> list[int]:
+        """Numbers of the shards that others stand in for."""
+        return self._shelf.damaged
+
+    def told(self, damaged: Iterable[int]) -> None:
+        """Count what other ranks found damaged; `DataError` where it is too much together, the same on every rank."""
+        self._shelf.told(damaged)
 
     def fetch(self, positions: Ints) -> Batch:
         """The samples at these global positions [n]. Raises as `batches` does."""

@@ -6,6 +6,7 @@ To resume a run, run the same command again: the last committed checkpoint decid
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import signal
 import threading
@@ -37,7 +38,7 @@ from pipeline.storage import open_storage
 from pipeline.stream import Stream
 from pipeline.traces import traced
 from pipeline.tracking import Tracker, flat_params
-from pipeline.world import World, any_rank, joined, on_first
+from pipeline.world import World, any_rank, joined, on_all, on_first
 
 Report = Callable[[dict[str, Any]], None]
 """Told the figures of every status line, or {"event": what happened}, on rank 0."""
@@ -171,6 +172,7 @@ def train(
             saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
             speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
             if speaking:
+                stream.told(itertools.chain(*on_all(world, lambda: stream.damaged)))
                 fresh = learner.figures() | pace.figures(learner.images) | stream.figures()
                 fresh |= {"ft/checkpoint": float(saver.images), "ft/restarts": float(max(token - 1, 0))}
                 tracker.log(learner.images, fresh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,3 +195,27 @@ def test_more_than_one_in_a_thousand_is_refused(tmp_path: Path) -> None:
         pytest.raises(DataError, match=r"train-000003\.tar: .*64 of 1025 samples damaged, 0\.1% may be"),
     ):
         stream.fetch(np.arange(300))
+
+
+def test_what_ranks_find_apart_counts_together(tmp_path: Path) -> None:
+    """One sample of 1026 may be lost: two ranks that lost one each have lost too much, and say the same."""
+    samples = (1, 64, 1, *[64] * 15)
+    storage = open_storage(str(tmp_path / "data"))
+    build(storage, samples)
+    for number in (0, 2):
+        storage.write(f"train-{number:06d}.tar", bytes(10240))
+    with contextlib.ExitStack() as left:
+        ranks = [
+            left.enter_context(
+                opened(storage, tmp_path / f"{rank}", Sequential(samples), ROOM * 8, damaged="quarantine")
+            )
+            for rank in (0, 1)
+        ]
+        for position, stream in zip((0, 65), ranks, strict=True):
+            stream.fetch(np.array([position]))
+            stream.told(stream.damaged)
+            assert stream.figures()["data/samples_quarantined"] == 1
+        found = [number for stream in ranks for number in stream.damaged]
+        for stream in ranks:
+            with pytest.raises(DataError, match=r"train-000000\.tar: .*2 of 1026 samples damaged, 0\.1% may be"):
+                stream.told(found)
