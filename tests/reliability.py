@@ -3,8 +3,8 @@
   GLOW_FIGURES=figures.jsonl make test
   python -m tests.reliability figures.jsonl
 
-The second command takes the figures over into docs/reliability.jsonl and writes the page from it; without a file it
-writes the page alone.
+The second command takes the figures over into docs/reliability.jsonl, of each the worst in its file, and writes the
+page; without a file it writes the page alone. The two of benches at their full size are written there by hand.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Promise:
 
 PROMISES = (
     Promise("R1", "a worker is killed (`kill -9`)",
-            "all go on from the last checkpoint; at most one interval is lost; the tensors of an unbroken run",
+            "back from the last checkpoint; at most one interval is lost; the tensors of an unbroken run",
             ("jobs/test_train.py::test_two_ray_workers_and_a_kill_learn_the_same",
              "jobs/test_failures.py::test_failures_count_between_checkpoints",
              "jobs/test_failures.py::test_ray_restarts_workers_as_often_as_they_get_further",
@@ -51,12 +51,12 @@ PROMISES = (
              "jobs/test_demo.py::test_killed_at_every_stage_it_ends_in_the_same_artifact",
              "pipeline/test_tracking.py::test_a_killed_and_resumed_run_has_every_row_once_and_in_order")),
     Promise("R3", "a node is lost, or joins",
-            "elastic: goes on with what there is, and grows; fixed: waits, and says so every 20 s",
+            "elastic: goes on with what there is, and grows; fixed: waits, and says so; never silent over 60 s",
             ("jobs/test_nodes.py::test_a_node_is_lost_then_the_head_and_a_node_gives_notice",
              "jobs/test_nodes.py::test_an_elastic_run_grows_by_a_node_and_loses_it",
              "jobs/test_nodes.py::test_a_job_whose_head_is_lost_is_submitted_again")),
     Promise("R4", "SIGTERM, `cluster stop`, or Ray's notice that a node goes in 15 s",
-            "a checkpoint of this very step; 0 steps lost",
+            "a checkpoint of this very step within the 15 s; 0 steps lost",
             ("jobs/test_nodes.py::test_a_node_is_lost_then_the_head_and_a_node_gives_notice",
              "jobs/test_train.py::test_a_signal_ends_a_ray_run_and_the_same_command_goes_on",
              "jobs/test_road.py::test_the_whole_system_as_the_readme_says")),
@@ -77,7 +77,7 @@ PROMISES = (
              "jobs/test_train.py::test_the_loop_learns_each_sample_once_over_kills_and_other_numbers_of_ranks",
              "pipeline/test_order.py::test_resuming_anywhere_equals_not_stopping")),
     Promise("R8", "a crash before any single write, rename, link or removal of a save",
-            "the last committed checkpoint loads",
+            "the last committed checkpoint loads, whichever boundary it was (all enumerated)",
             ("pipeline/test_checkpoint.py::test_a_crash_anywhere_loses_at_most_the_step_being_saved",
              "pipeline/test_checkpoint_s3.py::test_a_death_around_any_request_loses_at_most_the_step_being_saved")),
     Promise("R9", "checkpoint files flipped, cut, swapped, removed",
@@ -89,24 +89,26 @@ PROMISES = (
              "pipeline/test_checkpoint_s3.py::test_damage_of_any_object_costs_one_step_loudly",
              "pipeline/test_checkpoint_s3.py::test_swapped_objects_are_seen")),
     Promise("R10", "S3 refuses, resets, stalls, cuts short",
-            "every sample comes, once; a service that is away for good is one line and exit 7",
+            "20 % errors, stalls of 2 s: every sample comes, once; median step +10 % at most; away for good: exit 7",
             ("pipeline/test_faults.py::test_an_epoch_over_a_bad_network",
              "pipeline/test_faults.py::test_every_sample_comes_once_through_refusals_resets_stalls_and_cuts",
-             "pipeline/test_faults.py::test_a_service_that_is_away_for_good_is_one_line_and_exit_7")),
+             "pipeline/test_faults.py::test_a_service_that_is_away_for_good_is_one_line_and_exit_7",
+             "jobs/test_bench_data.py::test_faults_are_repeated")),
     Promise("R11", "a shard cut, corrupted, replaced, swapped",
-            "detected before a sample of it reaches the model",
+            "always detected, before a sample of it reaches the model",
             ("pipeline/test_stream.py::test_a_changed_shard_is_named_before_a_sample_of_it_is_used",
              "pipeline/test_damage.py::test_no_damage_of_a_shard_is_silent",
              "pipeline/test_damage.py::test_shards_that_changed_places_are_found")),
     Promise("R12", "MLflow down at the start, in the middle, for good",
-            "exit 7 within 10 s, or `--offline`; training never waits; what was missed arrives in order, once",
+            "exit 7 within 10 s, or `--offline`; then no effect on step time; what was missed arrives in order, once",
             ("pipeline/test_outages.py::test_an_mlflow_that_is_dead_at_the_start_is_exit_7_unless_offline",
              "pipeline/test_outages.py::test_an_mlflow_that_comes_and_goes_is_never_waited_for_and_misses_nothing",
              "pipeline/test_tracking.py::test_closing_is_bounded_and_says_what_was_not_sent",
              "pipeline/test_tracking_stack.py::test_all_points_arrive_once_and_in_order_at_an_mlflow_that_refuses_us_and_hangs",
-             "jobs/test_models_stack.py::test_what_an_offline_run_recorded_is_delivered_by_the_next_command")),
+             "jobs/test_models_stack.py::test_what_an_offline_run_recorded_is_delivered_by_the_next_command",
+             "jobs/test_bench_tracking.py::test_no_state_makes_a_step_wait")),
     Promise("R13", "disk full: cache, checkpoint, spool",
-            "the cache makes room; a checkpoint fails cleanly and the last stays; a full spool is said once",
+            "the cache makes room; a checkpoint fails cleanly and the last good one stays; a full spool is said once",
             ("pipeline/test_full_disk.py::test_a_full_disk_evicts_and_goes_on_or_ends_in_a_line",
              "pipeline/test_stream.py::test_the_cache_keeps_its_bound_and_each_shard_comes_once_an_epoch",
              "pipeline/test_checkpoint.py::test_a_full_disk_fails_cleanly_on_every_rank",
@@ -114,13 +116,13 @@ PROMISES = (
              "pipeline/test_full_run.py::test_a_full_disk_ends_a_run_in_a_line_and_room_lets_it_go_on",
              "pipeline/test_full_run.py::test_a_spool_on_a_full_disk_drops_rows_and_keeps_whole_lines")),
     Promise("R14", "NaN, infinity or a spike on one rank",
-            "no update on any; bounded skips, one rollback, then exit 8 naming the samples",
+            "no update on any rank; bounded skips, one rollback, then exit 8 naming the samples",
             ("pipeline/test_guard.py::test_one_bad_sample_on_one_rank_moves_no_rank_and_is_named",
              "pipeline/test_train.py::test_a_run_that_diverges_goes_back_once_and_names_what_it_met",
              "pipeline/test_optim.py::test_the_guard_skips_counts_and_forgives",
              "pipeline/test_optim.py::test_the_guard_stops_a_run_that_has_diverged")),
     Promise("R15", "clocks that are wrong",
-            "nothing is ordered by them",
+            "nothing is ordered by wall time",
             ("pipeline/test_checkpoint.py::test_order_is_by_number_never_by_clock",
              "pipeline/test_clocks.py::test_wall_clocks_are_read_where_a_time_is_told_and_nowhere_else",
              "pipeline/test_lease.py::test_a_silent_holder_elsewhere_is_given_its_time")),
@@ -128,23 +130,24 @@ PROMISES = (
             "refused with what differs and the two commands that would be right",
             ("pipeline/test_train.py::test_other_settings_under_the_same_name_are_refused_by_name",)),
     Promise("R20", "two jobs, one run",
-            "the second is refused; a silent holder is followed after 60 s; its late commit is void",
+            "the second is refused; a silent holder is followed after 60 s (configurable); its late commit is void",
             ("pipeline/test_train.py::test_two_jobs_do_not_train_one_run",
              "pipeline/test_lease.py::test_of_many_at_once_one_holds_it",
              "pipeline/test_lease.py::test_a_silent_holder_elsewhere_is_given_its_time",
              "pipeline/test_lease.py::test_a_former_holder_cannot_commit",
              "pipeline/test_lease.py::test_a_commit_that_a_former_holder_had_under_way_is_void")),
     Promise("R21", "gradients by inversion",
-            "float64: 1e-8 of plain autograd; float32: 1e-4 on a trained stack, with anchors",
+            "float64 <= 1e-8; float32 <= 1e-4 of the total norm, on trained stacks, with anchors",
             ("glow/test_gradients.py::test_anchored_gradients_are_plain_autograds",
              "glow/test_gradients.py::test_a_whole_models_anchored_gradients_are_plain_autograds",
              "glow/test_gradients.py::test_float32_gradients_of_a_trained_stack")),
     Promise("R22", "memory",
-            "what the loader holds is flat over epochs; what backward keeps does not depend on the number of steps",
+            "loader flat over 3 epochs and more; bytes saved for backward independent of the number of steps K",
             ("pipeline/test_stream.py::test_what_is_open_stays_bounded_over_epochs",
              "glow/test_memory.py::test_pure_inversion_saves_the_same_for_any_number_of_steps",
              "glow/test_memory.py::test_a_model_saves_the_same_for_any_number_of_steps",
-             "jobs/test_soak.py::test_faults_at_random_change_nothing")),
+             "jobs/test_soak.py::test_faults_at_random_change_nothing",
+             "jobs/test_bench_data.py::test_three_ways_an_encoding_and_memory_that_stays")),
     Promise("R23", "any exit: done, refused, stopped, killed",
             "no process, shared memory or temporary file left",
             ("jobs/test_train.py::test_two_ray_workers_and_a_kill_learn_the_same",
@@ -162,15 +165,15 @@ def measured(promise: str, what: str, value: float, unit: str) -> None:
     path = os.environ.get("GLOW_FIGURES")
     if path:
         day = datetime.now(tz=UTC).date().isoformat()
-        row = {"promise": promise, "what": what, "value": round(value, 1), "unit": unit, "date": day}
+        row = {"promise": promise, "what": what, "value": float(f"{value:.3g}"), "unit": unit, "date": day}
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
 def rows(path: Path) -> list[Figure]:
-    """The figures of a file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The figures of a file, of several of a kind the largest, which is the worst: seconds, errors, ratios."""
+    found = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return sorted(found, key=lambda figure: figure["value"])
 
 
 def newest(figures: Iterable[Figure]) -> list[Figure]:

@@ -10,8 +10,11 @@ from tests.reliability import FIGURES, PAGE, PROMISES, Promise, newest, page, ro
 from tests.running import ROOT
 
 
-def test_every_promise_of_runs_is_on_the_page() -> None:
-    assert [promise.name for promise in PROMISES] == [f"R{number}" for number in (*range(1, 16), *range(19, 24))]
+def test_every_promise_of_runs_is_on_the_page_with_a_figure() -> None:
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if re.match(r"\| R\d", line)]
+    names = [f"R{number}" for number in (*range(1, 16), *range(19, 24))]
+    assert [line.split("|")[1].strip() for line in lines] == [promise.name for promise in PROMISES] == names
+    assert [line for line in lines if not re.search(r"\d\d\d\d-\d\d-\d\d\) \|$", line)] == []
 
 
 @pytest.mark.parametrize("promise", PROMISES, ids=lambda promise: promise.name)

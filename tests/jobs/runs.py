@@ -22,6 +22,7 @@ from pipeline.prepare import Options, build, make_plan
 from pipeline.sources import open_source
 from pipeline.storage import open_storage
 from pipeline.toy import write_toy
+from tests.reliability import measured
 
 HANG = 240
 """Seconds after which a command is taken to hang: five times what it needs on two busy cores."""
@@ -120,8 +121,11 @@ class Traces:
         found = (set(place().iterdir()) - self._files) | (set(SHARED_MEMORY.iterdir()) - self._shared)
         return left_processes(), {path for path in found if not path.name.startswith(("torchinductor", "sem."))}
 
-
-NOTHING: tuple[list[psutil.Process], set[Path]] = ([], set())
+    def check(self, after: str) -> None:
+        """Promise R23: nothing is left."""
+        found = self.left()
+        measured("R23", f"left by {after}", sum(map(len, found)), "processes and files")
+        assert found == ([], set())
 
 
 def started(command: list[str], more: Mapping[str, str] | None = None) -> subprocess.Popen[str]:

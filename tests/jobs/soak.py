@@ -128,9 +128,14 @@ def on_small_disk(disk: Path, command: list[str]) -> list[str]:
 
 def memory() -> int:
     """Bytes of the largest training worker, its own alone: how many there are does not matter."""
-    sizes = [0]
+    return max(worker_sizes().values(), default=0)
+
+
+def worker_sizes() -> dict[int, int]:
+    """Bytes of every training worker by its pid."""
+    sizes = {}
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.name().startswith("ray::RayTrainWo") and MARK in process.environ():
-                sizes.append(process.memory_info().rss)
-    return max(sizes)
+                sizes[process.pid] = process.memory_info().rss
+    return sizes

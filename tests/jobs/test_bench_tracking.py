@@ -8,6 +8,7 @@ import pytest
 
 from jobs import bench
 from jobs.bench.tracking import STATES, _rows
+from tests.reliability import measured
 from tests.running import jobs
 
 
@@ -29,11 +30,13 @@ def test_its_dry_run_says_what_would_be_measured(capsys: pytest.CaptureFixture[s
 
 @pytest.mark.nightly  # a server, and four processes that import MLflow: half a minute of CPU time
 def test_no_state_makes_a_step_wait() -> None:
-    """A step that waited for a hung MLflow would take its 30 s, and one that cannot reach it some of its tries."""
-    done = jobs("bench", "tracking", "--rounds", "2", "--steps", "2", "--json")
+    """Promise R12: a step that waited for a hung MLflow would take its 30 s, one that cannot reach it some tries."""
+    done = jobs("bench", "tracking", "--rounds", "5", "--steps", "4", "--json")
     assert done.returncode == 0, done.stderr
     rows = {row["row"]: row for row in json.loads(done.stdout)["rows"]}
     assert list(rows) == list(STATES)
     assert (rows["up"]["x_up"], rows["up"]["x_up_cpu"]) == (1, 1)
-    assert max(row["x_up_cpu"] for row in rows.values()) < 5
+    times = max(row["x_up_cpu"] for state, row in rows.items() if state != "up")
+    measured("R12", "`bench tracking`, 5 x 4 steps: CPU of a step, MLflow dead, hung, failing, over up", times, "times")
+    assert times <= 1.1
     assert max(row["ms"] for row in rows.values()) < 10_000

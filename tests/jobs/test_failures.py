@@ -15,7 +15,7 @@ from jobs.cluster.worker import Report, Row, Stop, final, first_of, own_of
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import ConfigError, DataError, PeerLostError, PipelineError, RemoteError
 from pipeline.world import in_words
-from tests.jobs.runs import ENDLESS, NOTHING, Traces, followed, jobs, settings
+from tests.jobs.runs import ENDLESS, Traces, followed, jobs, settings
 
 FAILURE = {"failed": "ActorDiedError: gone", "trace": "rank 0\nall of it"}
 
@@ -117,7 +117,7 @@ def test_ray_restarts_workers_as_often_as_they_get_further(tmp_path: Path, kind:
     assert end in output.splitlines()[-1], output
     assert "Traceback" not in output
     assert (tmp_path / "tried" / "logs" / "workers.txt").exists() == (kind != "moving")
-    assert traces.left() == NOTHING
+    traces.check("workers that failed time and again")
 
 
 @pytest.mark.nightly
@@ -133,4 +133,4 @@ def test_a_controller_that_dies_alone_is_a_line(tmp_path: Path) -> None:
     code, output = followed(jobs("train", *settings(tmp_path, ENDLESS), "--cluster.workers", "2"), kill)
     assert (code, "Traceback" in output) == (7, False), output
     assert output.splitlines()[-1].startswith("error: this machine: Ray's head is gone; start the cluster again")
-    assert traces.left() == NOTHING
+    traces.check("a controller that died alone")

@@ -20,6 +20,7 @@ from pipeline.saver import save, shares
 from pipeline.storage import Folder, Storage, open_storage
 from pipeline.world import World
 from tests.pipeline.group import run_group
+from tests.reliability import measured
 
 PRINT = "f" * 64
 
@@ -217,6 +218,7 @@ def test_every_flipped_byte_of_a_commit_is_seen(run: Storage) -> None:
         loaded = latest(run, events)
         assert loaded is not None
         assert (loaded.step, len(events)) == (1, 1)
+    measured("R9", "a commit with one byte flipped: refused, one step back, said", len(whole), f"of {len(whole)} bytes")
 
 
 def test_swapped_files_are_seen(run: Storage) -> None:
@@ -281,6 +283,8 @@ def test_a_full_disk_fails_cleanly_on_every_rank(run: Storage) -> None:
     assert all("No space left" in message for message in messages)
     assert run.list() == before
     check(latest(run), 1)
+    left = len(set(run.list()) - set(before))
+    measured("R13", "a checkpoint of two ranks on a full disk: both end in a line, and of it is left", left, "files")
 
 
 # Crashes: a real process dies just before the k-th thing it does to the run's folder.
@@ -319,6 +323,7 @@ def test_a_crash_anywhere_loses_at_most_the_step_being_saved(tmp_path: Path) -> 
         survives(open_storage(str(folder)))
     assert set(ends[:-1]) == {9}
     assert len(ends) > 12
+    measured("R8", "boundaries of a save in a folder, a death at each: the last one loads", len(ends) - 1, "deaths")
 
 
 def survives(run: Storage) -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.storage import Bucket, Storage, open_storage
 from tests.pipeline.test_checkpoint import check, latest, put, run_of_two_parts
+from tests.reliability import measured
 
 
 class Died(BaseException):
@@ -57,6 +58,7 @@ def test_a_death_around_any_request_loses_at_most_the_step_being_saved(s3: str) 
             break
         survives(run)
     assert moments == 2 * CHANGES
+    measured("R8", "moments around requests of a save on S3, a death at each: the last one loads", moments, "deaths")
 
 
 CHANGES = 4
@@ -108,7 +110,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 
 
 def test_damage_of_any_object_costs_one_step_loudly(two: Storage) -> None:
-    for key in two.list("checkpoints/step-00000002"):
+    keys = list(two.list("checkpoints/step-00000002"))
+    for key in keys:
         whole = two.read(key)
         for damage in DAMAGES.values():
             two.write(key, damage(whole))
@@ -117,6 +120,8 @@ def test_damage_of_any_object_costs_one_step_loudly(two: Storage) -> None:
         refused(two, events=not key.endswith("commit.json"))  # without one it was never a checkpoint
         two.write(key, whole)
     check(latest(two), 2)
+    cases = len(keys) * (len(DAMAGES) + 1)
+    measured("R9", "objects flipped, cut, emptied, longer, removed: one step back", cases, f"of {cases}")
 
 
 def test_swapped_objects_are_seen(two: Storage) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from tests.reliability import measured
+
 ROOT = Path(__file__).parents[2]
 CLOCKS = {
     "time", "time_ns", "now", "utcnow", "today", "ctime", "localtime", "gmtime", "create_time",
@@ -31,3 +33,4 @@ def readings(path: Path) -> set[tuple[str, str]]:
 def test_wall_clocks_are_read_where_a_time_is_told_and_nowhere_else() -> None:
     paths = [path for room in ("glow", "pipeline", "jobs") for path in (ROOT / room).rglob("*.py")]
     assert set().union(*map(readings, paths)) == TOLD
+    measured("R15", "places that read a wall clock, to tell a time, never to order", len(TOLD), "places")

@@ -17,6 +17,7 @@ from pipeline.shards import open_shard
 from pipeline.storage import canonical_json, open_storage, sha256_hex
 from pipeline.verify import problems
 from tests.pipeline.tiny import ROOM, build, check, opened, pixels_of
+from tests.reliability import measured
 
 COUNTS = (3, 2, 3)
 SHARD = "train-000001.tar"
@@ -63,6 +64,7 @@ def test_no_damage_of_a_shard_is_silent(whole: Manifest, tmp_path: Path) -> None
             with pytest.raises(DataError, match=r"cut or damaged|samples, expected|has .'"):
                 open_shard(path, 2)
     assert cases > 50
+    measured("R11", "damages of a shard refused before a sample of it came", cases, f"of {cases}")
     storage.write(SHARD, good)
     with opened(storage, tmp_path / "cache", Sequential(COUNTS)) as stream:
         check(stream.fetch(np.arange(8)))

@@ -20,6 +20,7 @@ import pytest
 from pipeline.order import Order
 from pipeline.storage import open_storage, sha256_hex
 from tests.pipeline.tiny import BATCH, SHARDS, build, opened, pixels_of
+from tests.reliability import measured
 
 COMMITTED = 3
 """Batches from one place where a group may go on to the next."""
@@ -102,6 +103,7 @@ def test_every_sample_once_over_kills_and_other_numbers_of_ranks(s3: str, tmp_pa
     epoch, _, _ = zip(*(line for batch in history for line in batch), strict=True)
     assert Counter(epoch) == dict.fromkeys(range(10), samples)
     assert len({line[:2] for batch in history for line in batch}) == stop
+    measured("R7", "2, 3, 1 ranks and two kills: samples that came once", stop, f"of {stop} in 10 epochs")
     assert all(digest == sha256_hex(pixels_of(sample).tobytes()) for batch in history for _, sample, digest in batch)
     order, position = Order(SHARDS, BATCH, 5), 0
     for batch in history:

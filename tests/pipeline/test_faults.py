@@ -20,6 +20,7 @@ from pipeline.errors import RemoteError
 from pipeline.order import Sequential
 from pipeline.storage import open_storage
 from tests.pipeline.tiny import BATCH, SHARDS, build, check, opened, taken
+from tests.reliability import measured
 from tests.running import jobs
 
 FAULTS = Path(__file__).parents[2] / "jobs" / "stack" / "faults.py"
@@ -91,6 +92,8 @@ def test_an_epoch_over_a_bad_network(s3: str, order: Order, tmp_path: Path) -> N
     assert all(hits)
     assert hits[0] >= 96 // 5
     assert repeated > hits[0]
+    measured("R10", "every 5th request of 96 shards refused, bodies reset, cut, stalled for 2 s: faults struck, every "
+             "sample came once", sum(hits), "faults")  # fmt: skip
 
 
 def test_a_service_that_is_away_for_good_is_one_line_and_exit_7(s3: str, order: Order, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from pipeline.storage import open_storage
 from tests.faulty import cannot_mount, with_small_disk
 from tests.pipeline.tiny import build
+from tests.reliability import measured
 
 ROOT = Path(__file__).parents[2]
 COUNTS = (6,) * 40
@@ -82,6 +83,8 @@ def test_a_full_disk_evicts_and_goes_on_or_ends_in_a_line(where: str, tmp_path: 
     done = on_a_disk_of(240, disk, EPOCH, where)
     assert done.returncode == 0, done.stderr
     assert "is full: shards in use by nobody here made way for train-0000" in done.stderr
+    evicted = done.stderr.count("made way for")
+    measured("R13", "an epoch of 40 shards on a disk for 12: the cache made room, every sample came", evicted, "times")
     small = on_a_disk_of(120, disk, EPOCH, where)
     assert (small.returncode, small.stderr.count("\n")) == (3, 1), small.stderr
     assert "GB of disk for shards of 0.000164 GB that are read at a time; make room there, or set" in small.stderr

@@ -12,6 +12,7 @@ import pytest
 from pipeline.spool import Spool
 from tests.faulty import cannot_mount, with_small_disk
 from tests.jobs.runs import settings, tensors_of
+from tests.reliability import measured
 
 IMAGES = 960
 
@@ -49,6 +50,8 @@ def test_a_full_disk_ends_a_run_in_a_line_and_room_lets_it_go_on(disk: Path, tmp
     assert "Traceback" not in "".join(lines)
     assert int(lines[len(first) + 1]) >= 1, "the last good one stays"
     assert lines.count("exit 0") == 3, "and the run goes on from it"
+    kept = int(lines[len(first) + 1])
+    measured("R13", "a run whose disk fills up, exit 3: checkpoints that stayed", kept, "from which it goes on")
     unbroken = " ".join([sys.executable, "-m", "jobs", "train", *words, "--storage", str(tmp_path / "whole")])
     assert outputs(["sh", "-c", script(unbroken)])[-1] == "exit 0"
     assert tensors_of(tmp_path / "kept") == tensors_of(tmp_path / "whole" / "toy32")
@@ -89,6 +92,7 @@ def test_a_spool_on_a_full_disk_drops_rows_and_keeps_whole_lines(disk: Path, tmp
     lines = outputs(with_small_disk(disk, 64, ["sh", "-c", script(run, more, f"cp {disk}/* {tmp_path}")]))
     added, rows, again = lines[0].split()
     assert int(added) == int(rows) > 10
+    measured("R13", "a spool of 64 kB on a full disk: rows that are whole", int(rows), f"of {added} it took")
     assert again == "False"
     spool = Spool(tmp_path / "metrics.jsonl")
     assert len(list(spool.rows())) == int(added)

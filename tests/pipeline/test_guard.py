@@ -19,6 +19,7 @@ from pipeline.train import opened
 from pipeline.world import World
 from tests.pipeline.group import run_group
 from tests.pipeline.trained import trained
+from tests.reliability import measured
 
 BAD_POSITION = 16 + 11
 """Second batch, a row of the second rank."""
@@ -72,6 +73,7 @@ def test_one_bad_sample_on_one_rank_moves_no_rank_and_is_named(config: TrainConf
     assert [bool(found) for found in refused] == [False, True, False]
     assert digests[1] == digests[2], "nothing moved: weights, averages, moments"
     assert len(set(digests)) == 3
+    measured("R14", "NaN, infinity, a spike on one of two ranks: updates by it", digests[1] != digests[2], "updates")
     assert refused[1]["samples"][0]["sample"] == sample
     assert refused[1]["norm"] == norm or float(refused[1]["norm"]) > 20
     assert refused[1]["parameters"]

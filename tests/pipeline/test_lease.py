@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from pipeline.checkpoint import accepting, load_latest, newest_step
+from pipeline.config import ClusterConfig
 from pipeline.errors import ConflictError
 from pipeline.lease import Beat, Holder, held
 from pipeline.saver import Saver
 from pipeline.storage import Storage, canonical_json, open_storage
 from pipeline.world import World
+from tests.reliability import measured
 
 SECONDS = 0.6
 
@@ -83,10 +86,14 @@ def test_a_killed_holder_is_no_obstacle(run: Storage) -> None:
 
 
 def test_a_silent_holder_elsewhere_is_given_its_time(run: Storage) -> None:
+    assert ClusterConfig().lease_s == 60
     left_by(run, host="elsewhere/boot/pid")
-    events: list[str] = []
+    events, asked = list[str](), time.monotonic()
     with held(World(), run, lambda: 0, "you", SECONDS, events.append) as token:
+        waited = time.monotonic() - asked
         assert token == 2
+    measured("R20", f"a silent holder of a lease of {SECONDS} s (60 unless told): taken over after", waited, "s")
+    assert waited >= SECONDS
     assert ["watching" in events[0], "silent" in events[1], len(events)] == [True, True, 2]
 
 
@@ -127,6 +134,7 @@ def test_of_many_at_once_one_holds_it(run: Storage) -> None:
     try:
         assert all(refused.acquire(timeout=60) for _ in range(5))
         assert tokens == [1]
+        measured("R20", "six jobs at once: refused", len(threads) - len(tokens), "of 6")
     finally:
         done.set()
         for thread in threads:
@@ -170,6 +178,7 @@ def test_a_commit_that_a_former_holder_had_under_way_is_void(run: Storage) -> No
     events: list[str] = []
     assert loaded(run, events) == (1, first)
     assert "had lost the run" in events[0]
+    measured("R20", "commits of a former holder that a reader takes", loaded(run)[0] - 1, "of 1")
     commit(run, 2, second)
     assert loaded(run) == (2, second)
 

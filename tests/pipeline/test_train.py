@@ -50,6 +50,7 @@ from pipeline.toy import write_toy
 from pipeline.train import due, resolved, run
 from pipeline.world import World
 from tests.pipeline.group import run_group
+from tests.reliability import measured
 
 IMAGES = 96
 BATCH = 16
@@ -91,9 +92,11 @@ def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
     return loaded.tensors
 
 
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> int:
+    """How many tensors that is."""
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    return len(one)
 
 
 def worker(world: World, config: TrainConfig) -> None:
@@ -114,7 +117,8 @@ def test_killed_and_run_again_ends_in_the_same_bits(config: TrainConfig) -> None
     process.stdout.close()
     scramble_times(Path(config.storage) / "killed")
     run(again)
-    assert_same(weights(config), weights(again))
+    equal = assert_same(weights(config), weights(again))
+    measured("R5", "killed, gone on: parameters, averages, moments bit-equal", equal, f"of {equal} tensors")
     rows = [json.loads(line) for line in (Path(config.storage) / "killed" / "metrics.jsonl").read_text().splitlines()]
     places = [(key, row["images"]) for row in rows for key in row["metrics"]]
     assert len(places) == len(set(places))
@@ -177,7 +181,8 @@ def test_any_number_of_workers_one_after_the_other_ends_in_the_same_bits(config:
     for size in (1, 2, 3, 4):
         run_group(size, stopped_worker, shared)
     run(shared)
-    assert_same(weights(config), weights(shared))
+    equal = assert_same(weights(config), weights(shared))
+    measured("R6", "`tree`, 1, 2, 3, 4, 1 workers: bit-equal to one worker's", equal, f"of {equal} tensors")
     events = (Path(config.storage) / "shared" / "events.jsonl").read_text().splitlines()
     resumed = [row["images"] for row in map(json.loads, events) if row["kind"] == "resumed"]
     assert resumed == [BATCH, 2 * BATCH, 3 * BATCH, 4 * BATCH]
@@ -229,9 +234,11 @@ def trained_by(size: int, config: TrainConfig) -> dict[str, torch.Tensor]:
 
 def assert_near(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     """Equal weights up to the rounding of six steps."""
-    for name in one:
-        if name.startswith("model/"):
-            torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
+    names = [name for name in one if name.startswith("model/")]
+    for name in names:
+        torch.testing.assert_close(other[name], one[name], rtol=1e-3, atol=1e-4)
+    furthest = max((other[name] - one[name]).abs().max().item() for name in names)
+    measured("R6", "`overlap`, 1 to 4 workers: a weight after six steps, beside `tree`'s", furthest, "apart at most")
 
 
 def test_overlap_learns_the_same_up_to_rounding_on_any_number_of_workers(config: TrainConfig) -> None:
@@ -264,6 +271,8 @@ def test_other_settings_under_the_same_name_are_refused_by_name(config: TrainCon
     assert caught.value.exit_code == 6
     assert "optim.lr was 0.002 and is 0.001, schedule.images was 96 and is 192" in str(caught.value)
     assert "--allow-change optim.lr schedule.images" in str(caught.value)
+    named = str(caught.value).count(" and is ")
+    measured("R19", "settings that were changed: in the refusal, as they were and are", named, "of 2")
     with pytest.raises(ConflictError, match=r"settings: schedule\.images was 96 and is 192"):
         run(replace(slower, allow_change=("optim.lr",)))
     assert run(replace(slower, allow_change=("optim.lr", "schedule.images")))["images"] == 2 * IMAGES
@@ -282,6 +291,7 @@ def test_two_jobs_do_not_train_one_run(config: TrainConfig) -> None:
 
     assert run(config, intrude)["images"] == IMAGES
     assert len(refused) == 1
+    measured("R20", "a second job beside a living one: refused", len(refused), "of 1")
     events = (Path(config.storage) / "tiny" / "events.jsonl").read_text()
     assert "stopped" not in events, "a refused job leaves no trace"
 
@@ -302,6 +312,8 @@ def test_a_run_that_diverges_goes_back_once_and_names_what_it_met(config: TrainC
     assert kinds.count("rolled back") == 1
     skipped = next(event for event in events if event["kind"] == "skipped")
     assert len(skipped["samples"]) == 4
+    skips = kinds.count("skipped")
+    measured("R14", "diverging: batches skipped, samples named, 1 rollback, exit 8", skips, "batches")
     assert kinds[-1] == "stopped"
 
 
