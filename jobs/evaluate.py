@@ -10,6 +10,7 @@ For a run the review is kept in RUN/eval/, where promotion finds it, and shown i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +18,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from pipeline.errors import ConflictError, UsageError
+
 if TYPE_CHECKING:
     from pipeline.config import TrainConfig
     from pipeline.evaluate import Evaluation
     from pipeline.judge import Judge
     from pipeline.report import Report
     from pipeline.review import Subject
+    from pipeline.storage import Storage
 
 Target = Annotated[str, tyro.conf.arg(metavar="RUN_OR_MODEL")]
 
@@ -63,11 +67,15 @@ def evaluate(
         dry_run: Open everything, say what would be evaluated, write nothing.
     """
     from pipeline.registry import load_model
-    from pipeline.review import keep_review, open_subject, review
+    from pipeline.review import keep_review, open_subject, refuse_unlike, review
 
+    _refuse_odd(max_images, temperature, workers)
+    page = _page(report, dry_run)
     subject = open_subject(target, data, uri)
     split = split or subject.config.data.validation
     count = min(max_images or 1 << 62, subject.manifest.split(split).samples)
+    if workers > count:
+        raise UsageError(f"{workers} workers for {count} images", cure="at most one an image has work")
     places = [f"{subject.run.where('eval')}/{split}.html"] if subject.run else []
     places += [report] if report else []
     weights = " and ".join({"ema": "averaged", "raw": "last"}[name] for name in subject.models)
@@ -77,14 +85,17 @@ def evaluate(
     if dry_run:
         print(f"dry run: would write {' and '.join(places) or 'nothing'}")
         return 0
+    champion = load_model(beside, uri) if beside else None
+    if champion:
+        refuse_unlike(subject, champion)
     shared = _on_ray(subject, target, split, max_images, uri, workers) if workers else None
-    champion, seen = load_model(beside, uri) if beside else None, _judge(subject) if judge else None
+    seen = _judge(subject) if judge else None
     found = review(subject, split, max_images, temperature, shared, champion, seen)
     if subject.run:
         keep_review(subject.run, found)
         show_in_mlflow(subject, found)
-    if report:
-        _write(Path(report), found)
+    if page:
+        _write(*page, found)
     _print(found)
     print("\n".join(f"report: {place}" for place in places))
     return 0
@@ -121,14 +132,44 @@ def evaluate_share(
         return evaluated(open_subject(target, config.data.prefix, uri), split, images, world)
 
 
-def _write(path: Path, found: Report) -> None:
+def _refuse_odd(images: int, temperature: float, workers: int) -> None:
+    """UsageError for numbers that mean nothing."""
+    for bad, what, cure in (
+        (images < 0, f"--max-images {images}", "1 or more; 0 takes all"),
+        (not 0 <= temperature < math.inf, f"--temperature {temperature}", "0 or more; 0.7 is usual"),
+        (workers < 0, f"--workers {workers}", "1 or more; 0 evaluates in this process"),
+    ):  # fmt: skip
+        if bad:
+            raise UsageError(what, cure=cure)
+
+
+def _page(report: str, dry_run: bool) -> tuple[Storage, str] | None:
+    """(where the page goes, its name), after a try to write there; what is wrong is known before anything is done."""
+    from jobs.preflight import refuse_unwritable
+    from pipeline.storage import MissingError, checked_key, open_storage
+
+    if not report:
+        return None
+    folder, slash, name = report.rpartition("/")
+    storage = open_storage(folder + slash if slash else ".")
+    if not name or name.endswith(".json") or (storage.local and (storage.local / name).is_dir()):
+        raise UsageError("no name for a page", where=report, cure="--report report.html; its JSON comes beside it")
+    checked_key(name)
+    try:
+        if not dry_run:
+            refuse_unwritable(storage)
+    except (ConflictError, MissingError) as error:
+        raise UsageError("no folder", where=storage.url, cure="--report FOLDER/report.html") from error
+    return storage, name
+
+
+def _write(storage: Storage, name: str, found: Report) -> None:
     from pipeline.page import as_html
     from pipeline.report import as_json
     from pipeline.storage import canonical_json
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(as_html(found), encoding="utf-8")
-    path.with_suffix(".json").write_bytes(canonical_json(as_json(found)))
+    storage.write(name, as_html(found).encode())
+    storage.write(str(Path(name).with_suffix(".json")), canonical_json(as_json(found)))
 
 
 def _print(found: Report) -> None:

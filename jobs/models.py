@@ -65,8 +65,9 @@ def register(
 
     trained = read_run(open_storage(run))
     name = name or trained.config.name
-    manifest = open_manifest(open_storage(data or trained.config.data.prefix))
     versions = ModelRegistry(uri or trained.config.tracking.uri or default_uri(), registry)
+    versions.refuse(name)
+    manifest = open_manifest(open_storage(data or trained.config.data.prefix))
     if dry_run:
         print(f"dry run: would write {trained.storage.url}/model from step {trained.step} and register it as {name}")
         return 0

@@ -24,7 +24,7 @@ from pipeline.config import TrainConfig, refuse_impossible
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.mlflow_run import refuse_silent
-from pipeline.storage import open_storage
+from pipeline.storage import Storage, open_storage
 from pipeline.train import resolved
 
 PERSISTENT = 6
@@ -51,7 +51,7 @@ def preflight(config: TrainConfig, *, offline: bool = False) -> None:
         refuse_silent(config.tracking.uri)
     manifest = open_manifest(open_storage(config.data.prefix))
     config = resolved(config, manifest)
-    refuse_unwritable(config)
+    refuse_unwritable(open_storage(config.storage))
     refuse_full(rooms(config, manifest))
 
 
@@ -62,11 +62,11 @@ def refuse_full(rooms: Iterable[Room]) -> None:
             raise ConfigError(f"no room: {room}", cure=room.cure)
 
 
-def refuse_unwritable(config: TrainConfig) -> None:
-    """Write and remove a small object where runs are; raises as storage does."""
-    runs, key = open_storage(config.storage), f"preflight-{secrets.token_hex(4)}"
-    runs.write(key, b"can this be written?")
-    runs.remove(key)
+def refuse_unwritable(storage: Storage) -> None:
+    """Write and remove a small object; raises as storage does."""
+    key = f"preflight-{secrets.token_hex(4)}"
+    storage.write(key, b"can this be written?")
+    storage.remove(key)
 
 
 def rooms(config: TrainConfig, manifest: Manifest) -> list[Room]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrackingConfig
-from pipeline.errors import ConflictError, RemoteError, UsageError, redact
+from pipeline.errors import ConfigError, ConflictError, RemoteError, UsageError, redact
 from pipeline.scratch import scratch
 from pipeline.spool import Row
 from pipeline.storage import canonical_json
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 SMALL = "+compressed.webp"
 """How the name of a picture's thumbnail ends in MLflow's image grid; it is sent after the picture."""
+
+SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+"""How addresses begin at which MLflow keeps runs and models."""
 
 PATIENCE = 5.0
 """Seconds an MLflow may take to say that it is there, before a run is begun."""
@@ -148,6 +151,7 @@ def connect(uri: str) -> MlflowClient:
     for name, value in (("MAX_RETRIES", "2"), ("TIMEOUT", "30"), ("BACKOFF_FACTOR", "1")):
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{name}", value)  # MLflow offers no other way
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    refuse_odd(uri)
     from mlflow import MlflowClient
 
     for name in ("alembic", "mlflow.store.db.utils"):
@@ -159,6 +163,12 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def refuse_odd(uri: str) -> None:
+    """UsageError for what MLflow takes for no address, or for a folder of files, which it no longer writes."""
+    if uri.partition("://")[0].partition("+")[0] not in SCHEMES:
+        raise UsageError("not an MLflow address", where=uri, cure="http://HOST:PORT or sqlite:///FILE")
+
+
 def _lay_database(uri: str) -> None:
     """Make a missing sqlite database aside, then put it in place: MLflow cannot open one whose making was cut off."""
     from mlflow import MlflowClient
@@ -166,7 +176,10 @@ def _lay_database(uri: str) -> None:
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:////") or path.exists():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot be made ({error.strerror})", where=uri, cure="name another file") from error
     with tempfile.TemporaryDirectory(prefix=".mlflow-", dir=path.parent) as draft:
         MlflowClient(tracking_uri=f"sqlite:///{draft}/made.db", registry_uri=f"sqlite:///{draft}/made.db")
         shutil.copyfile(f"{draft}/made.db", f"{draft}/whole.db")
@@ -232,6 +245,8 @@ def refuse_silent(uri: str) -> None:
 
     A limit on all of it: a name server and one who answers byte by byte have patience of their own.
     """
+    if uri:
+        refuse_odd(uri)
     if not uri.startswith("http"):
         return
     said: queue.SimpleQueue[str] = queue.SimpleQueue()

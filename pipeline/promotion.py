@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from pipeline.gates import Evidence, Limits, Result, as_json, golden, judge, refuse_failures
 from pipeline.ledger import Entry, Ledger, current, refuse_unconditional
 from pipeline.model import LoadedModel
-from pipeline.registry import ModelRegistry
+from pipeline.registry import ModelRegistry, checked_name
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Request:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9-]*", self.alias):
-            raise UsageError(f"alias {self.alias!r}", cure="aliases are lower case: champion and Champion would be two")
+        if not re.fullmatch(r"(?!latest$|v\d+$)[a-z][a-z0-9-]{0,99}", self.alias):  # the ledger keeps it for ever
+            cure = "lower case, for champion and Champion would be two; latest and v1, v2 ... are MLflow's own"
+            raise UsageError(f"alias {self.alias!r}", cure=cure)
         if self.forced and not self.reason:
             raise UsageError("--force-gate without --reason", cure="say why; it is written into the ledger")
-        if not re.fullmatch(r"[\w][\w.-]*", self.name):
-            raise UsageError(f"model name {self.name!r}", cure="letters, digits, dots, dashes and underscores")
+        checked_name(self.name)
 
 
 def promote(

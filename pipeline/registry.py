@@ -51,6 +51,13 @@ def load_model(where: str, uri: str = "") -> LoadedModel:
     return registry.load(name, int(version) if version else registry.resolve(name, alias))
 
 
+def checked_name(name: str) -> str:
+    """The name of a registered model; UsageError for one that an address or the ledger could not hold."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+        raise UsageError(f"model name {name!r}", cure="letters, digits, dots, dashes and underscores, at most 100")
+    return name
+
+
 class ModelRegistry:
     """Registered models at one MLflow address, with their ledgers under one prefix.
 
@@ -154,26 +161,36 @@ class ModelRegistry:
             if card != there:
                 self.client.update_model_version(name, str(version), card)
 
+    def refuse(self, name: str) -> None:
+        """What would stop `register` later, before anything is written: an odd name, no or another ledger."""
+        checked_name(name)
+        prefix = self._default_prefix()
+        with translated(self.uri):
+            found = self.client.search_registered_models(f"name = '{name}'")
+        tagged = found[0].tags.get(LEDGER_TAG, prefix) if found else prefix
+        if self._prefix and open_storage(tagged).url != prefix:
+            cure = "leave --registry out, or register under another name"
+            raise ConfigError(f"the ledger of {name} is at {tagged}", where=self._prefix, cure=cure)
+
     def _ensure_model(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
 
-        prefix = self._default_prefix()
         try:
-            self.client.create_registered_model(name, {LEDGER_TAG: prefix}, ABOUT)
+            self.client.create_registered_model(checked_name(name), {LEDGER_TAG: self._default_prefix()}, ABOUT)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            tagged = self.client.get_registered_model(name).tags.get(LEDGER_TAG, "")
-            if self._prefix and open_storage(tagged).url != open_storage(self._prefix).url:
-                cure = "leave --registry out, or register under another name"
-                raise ConfigError(f"the ledger of {name} is at {tagged}", where=self._prefix, cure=cure) from error
+            self.refuse(name)
 
     def _default_prefix(self) -> str:
         folder = database_folder(self.uri)
         prefix = self._prefix or (str(folder / "registry") if folder else "")
         if not prefix:
             raise UsageError("no place for the ledger", cure="give --registry with a folder or an s3:// prefix")
-        return open_storage(prefix).url
+        storage = open_storage(prefix)
+        if storage.local and storage.local.is_file():
+            raise UsageError("a file", where=storage.url, cure="give --registry with a folder or an s3:// prefix")
+        return storage.url
 
     def _aliases(self, name: str) -> dict[str, str]:
         return dict(self.client.get_registered_model(name).aliases)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from glow import Flow
+from glow import Flow, FlowConfig
 from pipeline.bayes import Recognition, recognition
 from pipeline.conditioning import Obedience, obedience
 from pipeline.config import DataConfig, TrainConfig
@@ -64,6 +64,7 @@ def open_subject(target: str, data: str = "", uri: str = "") -> Subject:
     run = read_run(open_storage(target))
     config = replace(run.config, data=replace(run.config.data, prefix=data or run.config.data.prefix))
     manifest = open_manifest(open_storage(config.data.prefix))
+    _refuse_unfit(config.model, manifest)
     found = lineage_of(run, manifest)
     lineage = {key: str(found[key]) for key in ("run", "step", "images", "fingerprint", "commit", "torch", "time")}
     return Subject(
@@ -86,10 +87,7 @@ def subject_of_model(loaded: LoadedModel, data: str = "", title: str = "") -> Su
         found = f"this dataset is {manifest.digest[:12]}, the model learned from {loaded.config.data['digest'][:12]}"
         raise ConfigError(found, where=prefix, cure="give --data PREFIX to judge on it all the same")
     known = loaded.config
-    if (known.model.size, known.model.channels) != (manifest.size, manifest.channels) or (
-        known.model.attributes > 0 and known.editable != tuple(manifest.editable)
-    ):
-        raise ConfigError("this dataset's images or attributes do not fit the model", where=prefix)
+    _refuse_unfit(known.model, manifest, known.editable)
     settings = DataConfig(
         prefix=prefix, bits=known.bits, train=known.data["train"], validation=known.data["validation"]
     )
@@ -100,6 +98,29 @@ def subject_of_model(loaded: LoadedModel, data: str = "", title: str = "") -> Su
         models={"ema": loaded.model},
         lineage={"artifact": loaded.digest, "dataset": manifest.digest, "weights": loaded.files["weights.safetensors"]},
     )
+
+
+def _refuse_unfit(model: FlowConfig, manifest: Manifest, editable: Sequence[str] | None = None) -> None:
+    """ConfigError where the model cannot judge these images; of `editable` the names count, too."""
+    wanted = tuple(manifest.editable if editable is None else editable)
+    if (
+        (model.size, model.channels) != (manifest.size, manifest.channels)
+        or (model.attributes > 0 and (model.attributes, wanted) != (len(manifest.editable), tuple(manifest.editable)))
+        or (model.classes > 0 and len(manifest.labels) not in (0, model.classes))
+    ):
+        what, cure = (
+            "this dataset's images, attributes or classes do not fit the model",
+            "give --data with one that does",
+        )
+        raise ConfigError(what, where=manifest.storage.url, cure=cure)
+
+
+def refuse_unlike(subject: Subject, beside: LoadedModel) -> None:
+    """ConfigError for a model that cannot draw the subject's seeds under its conditions beside it."""
+    mine, other = subject.config.model, beside.config.model
+    if any(getattr(mine, name) != getattr(other, name) for name in ("size", "channels", "classes", "attributes")):
+        raise ConfigError("its images or conditions are not those of what is evaluated", where=beside.where,
+                          cure="--beside a model of the same kind of data")  # fmt: skip
 
 
 def evaluate_subject(

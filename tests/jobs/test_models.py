@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs import evaluate, models
-from pipeline.errors import DataError, GateError, UsageError
+from pipeline.errors import ConfigError, DataError, GateError, UsageError
 from pipeline.export import export_model, read_run
 from pipeline.lineage import findings
 from pipeline.manifest import open_manifest
@@ -217,7 +217,33 @@ def test_evaluate_writes_a_report_for_runs_and_models(tmp_path: Path, capsys: py
     headline = report.read_text().partition("bits/dim, held out")[2].partition("</section>")[0]
     assert "not comparable: lossy shards" in headline
     assert json.loads(report.with_suffix(".json").read_bytes())["lossless"] is False
+    for words, finding in (
+        (["--data", str(lossy_twin(tmp_path / "small", size=8))], "do not fit the model"),
+        (["--beside", str(tmp_path / "model")], "its images or conditions are not those"),
+        (["--workers", "21"], "21 workers for 20 images"),
+        (["--max-images", "1", "--workers", "2"], "2 workers for 1 images"),
+        (["--split", "nope"], "no split named 'nope'; splits here: train, val"),
+    ):
+        with pytest.raises((ConfigError, UsageError), match=finding):
+            evaluate.main([str(run), *words])
     assert files(run) == before
+
+
+def test_a_registration_that_cannot_be_is_refused_before_anything_is_written(uri: str, tmp_path: Path) -> None:
+    run = copy_of_run(tmp_path)
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    shutil.rmtree(run / "model")
+    before = files(run)
+    for words in (
+        *(["--name", name] for name in ("a/b", "a@b", "a:b", "a'b", ".a", "a b", "a" * 300)),
+        ["--name", "other", "--registry", "gs://other"],
+        ["--name", "other", "--registry", str(run / "config.toml")],
+        ["--name", "faces", "--registry", str(tmp_path / "elsewhere")],
+    ):
+        with pytest.raises((ConfigError, UsageError)):
+            models.main(["register", str(run), "--uri", uri, *words])
+    assert files(run) == before
+    assert [model.name for model in ModelRegistry(uri).client.search_registered_models()] == ["faces"]
 
 
 @pytest.mark.parametrize("command", ["", "register", "promote", "rollback", "history", "compare", "verify"])

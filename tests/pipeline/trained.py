@@ -56,8 +56,8 @@ def trained() -> Trained:
     return Trained(folder / "data", folder / "runs" / "tiny")
 
 
-def lossy_twin(folder: Path) -> Path:
-    """The run's images as JPEGs of somebody else's, taken in place."""
+def lossy_twin(folder: Path, size: int = 16) -> Path:
+    """The run's images, or smaller ones, as JPEGs of somebody else's, taken in place."""
     manifest = open_manifest(open_storage(str(trained().data)))
     folder.mkdir()
     for name in manifest.splits:
@@ -66,7 +66,7 @@ def lossy_twin(folder: Path) -> Path:
         with TarWriter(str(folder / f"{name}-000000.tar")) as tar:
             for number, (pixels, signs) in enumerate(zip(batch.pixels, batch.attributes.tolist(), strict=True)):
                 file = io.BytesIO()
-                Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(file, "jpeg")
+                Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize((size, size)).save(file, "jpeg")
                 row = dict(zip(manifest.attributes, signs, strict=True))
                 tar.write({"__key__": f"{number:04d}", "jpg": file.getvalue(), "json": row})
     storage = open_storage(str(folder))
