@@ -182,8 +182,7 @@ def compare(name: Name, one: Which, other: Which, /, uri: str = "", data: str = 
     """
     from dataclasses import asdict
 
-    from pipeline.comparison import compare as paired
-    from pipeline.comparison import lines
+    from pipeline import comparison
     from pipeline.manifest import open_manifest
     from pipeline.mlflow_run import default_uri
     from pipeline.registry import ModelRegistry
@@ -196,13 +195,13 @@ def compare(name: Name, one: Which, other: Which, /, uri: str = "", data: str = 
     models = [registry.load(name, version) for version in (first, second)]
     split = models[0].config.data["validation"]
     old, new = (evidence(loaded, split).evaluation for loaded in models)
-    found = paired(new, old)
+    found = comparison.compare(new, old)
     lossless = open_manifest(open_storage(data)).lossless if data else models[0].config.data.get("lossless", True)
     if json:
         print(canonical_json({"one": first, "other": second, "lossless": lossless, **asdict(found)}).decode().rstrip())
         return 0
     print(f"version {first:<4} {old.bits_per_dim} bits/dim\nversion {second:<4} {new.bits_per_dim} bits/dim")
-    print("\n".join([*([] if lossless else [LOSSY]), *lines(found)]))
+    print("\n".join([*([] if lossless else [LOSSY]), *comparison.lines(found)]))
     return 0
 
 
