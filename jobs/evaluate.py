@@ -195,14 +195,15 @@ def _print(found: Report) -> None:
 
 
 def show_in_mlflow(subject: Subject, found: Report) -> None:
-    """Record the classes' figures and the report with the run they are about."""
+    """Record the report with the run it is about, and the classes' figures where they are of the whole split."""
     from pipeline.tracking import Tracker, flat_params
 
     assert subject.run is not None
     config = subject.config
     tracker = Tracker(subject.run, config.tracking, config.name)
     tracker.start(flat_params(config), guest=True)
-    figures = {f"{found.split}/bpd_class/{name}": figure.mean for name, figure in found.main.classes.items()}
-    tracker.log(int(subject.lineage["images"]), figures)
+    if found.main.bits_per_dim.images == found.samples:
+        figures = {f"{found.split}/bpd_class/{name}": figure.mean for name, figure in found.main.classes.items()}
+        tracker.log(int(subject.lineage["images"]), figures)
     tracker.artifact(f"eval/{found.split}.html")
     tracker.close()

@@ -62,14 +62,17 @@ class Entry:
     def markdown(self) -> str:
         """For people who look at the version: what was decided, and the gates as a table."""
         rows = [
-            f"| {gate['gate']} | {'passed' if gate['passed'] else 'failed'} | {gate['limit']:.4g} | {detail} |"
+            f"| {gate['gate']} | {verdict} | {value} | {gate['limit']:.4g} | {detail} |"
             for gate in self.gates
+            for verdict in ["passed" if gate["passed"] else "failed"]
             for detail in [str(gate["detail"]).replace("|", "\\|")]
+            for value in ["" if gate["value"] is None else f"{gate['value']:.4g}"]
         ]
         decided = f"Entry {self.sequence} of the ledger: {self.alias} since {self.time}, by {self.actor}"
         why = f", because: {self.reason}" if self.reason else ""
         forced = f" Overruled: {', '.join(self.forced)}." if self.forced else ""
-        return "\n".join([f"{decided}{why}.{forced}", "", "| gate | | limit | |", "|---|---|--:|---|", *rows])
+        head = ["| gate | | value | limit | |", "|---|---|--:|--:|---|"]
+        return "\n".join([f"{decided}{why}.{forced}", "", *head, *rows])
 
     def __str__(self) -> str:
         return f"version {self.version} to {self.alias} by {self.actor} at {self.time}"

@@ -197,6 +197,7 @@ def test_evaluate_writes_a_report_for_runs_and_models(tmp_path: Path, capsys: py
     assert "averaged and last weights on 5 images of split val" in out
     assert "model / png" in out
     assert {"eval/val.html", "eval/val.json"} <= files(run)
+    assert b"bpd_class" not in (run / "metrics.jsonl").read_bytes()  # five images are not the split
     assert report.read_text().startswith("<!doctype html>")
     assert json.loads(report.with_suffix(".json").read_bytes())["split"] == "val"
 
