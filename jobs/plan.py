@@ -12,7 +12,7 @@ from glow import Flow, Glow, GlowConfig, RealNVPConfig, make_flow
 from glow.budget import Plan, level_costs, plan_of, plans
 from glow.flops import step_flops
 from pipeline.anchors import budget, nets_dtype, planned
-from pipeline.config import TrainConfig
+from pipeline.config import ScheduleConfig, TrainConfig
 from pipeline.fingerprint import fingerprint
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.order import Order
@@ -35,12 +35,18 @@ def plan(config: TrainConfig) -> str:
         *_about_data(config, manifest),
         *_about_model(config, parameters),
         *_about_memory(config, parameters),
-        f"checkpoint   {amount(checkpoint_bytes(config))} each, every {every} images, {config.schedule.keep} kept; "
+        f"checkpoint   {amount(checkpoint_bytes(config))} each, every {every} images, {kept(config.schedule)}; "
         f"{copied} of a worker's memory while one is written",
         *_about_speed(config),
         *_about_room(config, manifest),
     ]
     return "\n".join(lines)
+
+
+def kept(schedule: ScheduleConfig) -> str:
+    """Which checkpoints stay, in words."""
+    marks = f" and the first of each {_number(schedule.keep_every)} images" if schedule.keep_every else ""
+    return f"the last {schedule.keep}{marks} kept"
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:

@@ -85,8 +85,10 @@ def rooms(config: TrainConfig, manifest: Manifest) -> list[Room]:
 
 def _checkpoints(config: TrainConfig, folder: Path) -> Room:
     there = _bytes_in(folder / config.name / "checkpoints")
-    needed = max(1, config.schedule.keep + 1) * checkpoint_bytes(config)
-    cure = "make room, a smaller schedule.keep, or another --storage"
+    schedule = config.schedule
+    for_good = schedule.images // schedule.keep_every if schedule.keep_every else 0
+    needed = (schedule.keep + 1 + for_good) * checkpoint_bytes(config)
+    cure = "make room, a smaller schedule.keep, a larger schedule.keep_every (0 is off), or another --storage"
     return Room(what="disk for checkpoints", needed=max(0, needed - there), free=_free(folder), cure=cure)
 
 

@@ -44,17 +44,17 @@ _TOYS = (
 )  # fmt: skip
 
 _PUBLISHED = (
-    # name          size  L   K  coupling   bits batch leaf    images  published  gpus  source
-    ("cifar10",       32, 3, 32, "affine",     8,  512,  64,  90_000_000,  3.35,    8, "Glow, table 2"),
-    ("imagenet32",    32, 3, 48, "affine",     8,  512,  64, 180_000_000,  4.09,    8, "Glow, table 2"),
-    ("imagenet64",    64, 4, 48, "affine",     8,  128,  16, 120_000_000,  3.81,    8, "Glow, table 2"),
-    ("lsun64",        64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.38,    8, "Glow, table 2 (bedroom)"),
-    ("lsun64tower",   64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.46,    8, "Glow, table 2 (tower)"),
-    ("lsun64church",  64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.67,    8, "Glow, table 2 (church)"),
-    ("lsun96",        96, 5, 64, "additive",   5,  280,   7,  60_000_000,  None,   40, "Glow, figures"),
-    ("lsun128",      128, 5, 64, "additive",   5,  160,   4,  40_000_000,  None,   40, "Glow, figures"),
-    ("celebahq256",  256, 6, 32, "additive",   5,   40,   1,   6_000_000,  1.03,   40, "Glow, by MaCow"),
-    ("faces256x64",  256, 6, 32, "additive",   5,  256,   4,  12_000_000,  None,   64, "celebahq256, large batch"),
+    # name              size  L   K  coupling   bits batch leaf    images  published  gpus  source
+    ("cifar10",            32, 3, 32, "affine",     8,  512,  64,  90_000_000,  3.35,    8, "Glow, table 2"),
+    ("imagenet32",         32, 3, 48, "affine",     8,  512,  64, 180_000_000,  4.09,    8, "Glow, table 2"),
+    ("imagenet64",         64, 4, 48, "affine",     8,  128,  16, 120_000_000,  3.81,    8, "Glow, table 2"),
+    ("lsun64",             64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.38,    8, "Glow, table 2 (bedroom)"),
+    ("lsun64tower",        64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.46,    8, "Glow, table 2 (tower)"),
+    ("lsun64church",       64, 3, 48, "affine",     8,  128,  16,  90_000_000,  2.67,    8, "Glow, table 2 (church)"),
+    ("lsun96",             96, 5, 64, "additive",   5,  280,   7,  60_000_000,  None,   40, "Glow, figures"),
+    ("lsun128",           128, 5, 64, "additive",   5,  160,   4,  40_000_000,  None,   40, "Glow, figures"),
+    ("celebahq256",       256, 6, 32, "additive",   5,   40,   1,   6_000_000,  1.03,   40, "Glow, by MaCow"),
+    ("celebahq256-64gpu", 256, 6, 32, "additive",   5,  512,   4,  12_000_000,  None,   64, "celebahq256, large batch"),
 )  # fmt: skip
 
 _LABELLED = (

@@ -49,6 +49,7 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "schedule.status_every":   (1,       MANY,        "images: an interval of 0 never comes round"),
     "schedule.checkpoint_every": (1,     MANY,        "images: an interval of 0 never comes round"),
     "schedule.keep":           (1,       MANY,        "1 or more checkpoints must stay"),
+    "schedule.keep_every":     (0,       MANY,        "images; 0 keeps the last ones alone"),
     "evaluate.every":          (1,       MANY,        "images: an interval of 0 never comes round"),
     "evaluate.images":         (1,       MANY,        "1 or more"),
     "evaluate.temperatures":   (0,       FINITE,      "each 0 or more"),

@@ -127,7 +127,9 @@ class ScheduleConfig:
     status_every: int = 500
     checkpoint_every: int = 50_000
     keep: int = 3
-    """Checkpoints kept."""
+    """Last checkpoints kept."""
+    keep_every: int = 1_000_000
+    """Images between checkpoints kept for good: the first at or after each multiple; 0 keeps none of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,7 @@ class EvaluateConfig:
     every: int = 50_000
     """Images between evaluations (and sample grids)."""
     images: int = 1_000
-    """Validation images of an evaluation during training; the final one takes the whole split."""
+    """Validation images of an evaluation during training, at its end too; `jobs evaluate` takes the whole split."""
     temperatures: tuple[float, ...] = (0.7, 1.0)
     """Temperatures of the sample grids."""
     rows: int = 4

@@ -20,6 +20,7 @@ from pipeline.ledger import Ledger
 from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, found_or_made, translated
 from pipeline.model import LoadedModel, read_model
 from pipeline.pyfunc import FOLDER, refuse_foreign, save_pyfunc
+from pipeline.saver import pin
 from pipeline.scratch import scratch
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import run_key
@@ -90,7 +91,7 @@ class ModelRegistry:
         return first
 
     def register_run(self, name: str, run: Storage, tracking: TrackingConfig) -> int:
-        """Register RUN/model under the run's MLflow run, with its lineage as tags.
+        """Register RUN/model under the run's MLflow run, with its lineage as tags; its checkpoint stays.
 
         MLflow numbers versions one by one but makes runs side by side: of several who made one for a run it did not
         know, those whose version did not stay remove theirs.
@@ -98,6 +99,7 @@ class ModelRegistry:
         tracking = replace(tracking, uri=self.uri)
         folder = run.sub("model")
         lineage = json.loads(folder.read("lineage.json"))
+        pin(run, lineage["step"])
         data = {f"data.{key}": value for key, value in lineage.pop("data").items()}
         known = lineage | data | {RUN_TAG: run.url}
         tags = {key: str(value) for key, value in known.items() if value != "" and key != "recipe"}

@@ -7,7 +7,7 @@ rank 0 commit, in its thread again. So a checkpoint costs the loop one copy and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -47,7 +47,8 @@ class _Flight:
 class Saver:
     """Commits checkpoints of one run, one at a time; every method but `writing` is collective.
 
-    `token` is the writer's lease; `committed` is called on rank 0 after every commit, in the background.
+    `token` is the writer's lease; `committed` is called on rank 0 after every commit, in the background. What is kept:
+    the last `keep`, the first at or after each `keep_every` images (0 none), and the steps in RUN/pins.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Saver:
         fingerprint: str,
         *,
         keep: int = 3,
+        keep_every: int = 0,
         token: int = 0,
         committed: Callable[[], None] = lambda: None,
     ) -> None:
         self._run, self._world, self._fingerprint = run, world, fingerprint
-        self._keep, self._token, self._committed = keep, token, committed
+        self._keep, self._keep_every, self._token, self._committed = keep, keep_every, token, committed
+        self._seen: dict[int, int] = {}
         self._folder = run.sub("checkpoints")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._flight: _Flight | None = None
@@ -137,8 +140,21 @@ class Saver:
             state=flight.state,
         )
         _commit(self._run, self._folder, commit)
-        _retire(self._folder, flight.step, self._keep)
+        keys = self._folder.list()
+        _retire(self._folder, keys, flight.step, self._kept(flight, committed(keys)))
         self._committed()
+
+    def _kept(self, flight: _Flight, steps: list[int]) -> set[int]:
+        """The committed steps that stay, up to the newest; also damaged ones, while they are among the last."""
+        steps = [step for step in steps if step <= flight.step]
+        kept = {flight.step, *steps[-self._keep :], *pinned(self._run)}
+        if self._keep_every:
+            self._seen[flight.step] = flight.images
+            for step in steps:
+                if step not in self._seen:
+                    self._seen[step] = _images(self._folder, step)
+            kept |= milestones({step: self._seen[step] for step in steps}, self._keep_every)
+        return kept
 
 
 def save(
@@ -150,10 +166,11 @@ def save(
     tensors: dict[str, Tensor],
     state: dict[str, Any],
     keep: int = 3,
+    keep_every: int = 0,
     attempt: str = "",
 ) -> None:
     """Commit a checkpoint of `run` at `step` and retire old ones; collective, equal arguments on every rank."""
-    saver = Saver(run, world, fingerprint, keep=keep)
+    saver = Saver(run, world, fingerprint, keep=keep, keep_every=keep_every)
     try:
         saver.begin(step, images, tensors, state, attempt)
         saver.finish()
@@ -221,14 +238,37 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
 
 
-def _retire(folder: Storage, newest: int, keep: int) -> None:
-    """Remove checkpoints before the last `keep`, and attempts that were never committed, up to the newest step.
+def pin(run: Storage, step: int) -> None:
+    """Have a checkpoint stay for as long as RUN/pins names it."""
+    run.write(f"pins/{step_name(step)}", b"")
+
+
+def pinned(run: Storage) -> set[int]:
+    """The steps that are to stay."""
+    return {int(match[1]) for key in run.sub("pins").list() if (match := STEP.fullmatch(f"{key}/"))}
+
+
+def milestones(images: Mapping[int, int], every: int) -> set[int]:
+    """Of steps with their images, the first at or after each multiple of `every` images."""
+    first: dict[int, int] = {}
+    for step in sorted(images):
+        first.setdefault(images[step] // every, step)
+    return {step for number, step in first.items() if number > 0}
+
+
+def _images(folder: Storage, step: int) -> int:
+    """Where a checkpoint stands; 0 where its commit cannot be read: it marks nothing."""
+    try:
+        return read_commit(folder, step).images
+    except DataError:
+        return 0
+
+
+def _retire(folder: Storage, keys: list[str], newest: int, kept: set[int]) -> None:
+    """Remove checkpoints that are not `kept`, and attempts that were never committed, up to the newest step.
 
     Later steps are left alone: they are damaged ones that were passed over, or another writer's.
     """
-    keys = folder.list()
-    steps = [step for step in committed(keys) if step <= newest]
-    kept = {newest, *steps[-max(1, keep) :]}
     present = {int(match[1]) for key in keys if (match := STEP.match(key))}
     for step in sorted(step for step in present if step <= newest):
         if step in kept:

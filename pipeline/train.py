@@ -146,7 +146,8 @@ def train(
     tracker.start(flat_params(config), inputs_of(manifest))
     tracker.artifact("config.toml")
     figures: dict[str, float] = {}
-    saver = Saver(folder, world, identity, keep=schedule.keep, token=token, committed=tracker.sync)
+    keep = {"keep": schedule.keep, "keep_every": schedule.keep_every}
+    saver = Saver(folder, world, identity, **keep, token=token, committed=tracker.sync)
     tracing = traced(config.tracking.profile, folder, world, tracker, lambda: learner.step)
     data = opened(config, manifest, world)
     with data as (stream, unseen), stop_asked() as asked, closing(saver), tracing as step_taken:

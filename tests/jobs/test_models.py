@@ -14,6 +14,7 @@ from pipeline.export import export_model, read_run
 from pipeline.lineage import findings
 from pipeline.manifest import open_manifest
 from pipeline.registry import ModelRegistry, load_model
+from pipeline.saver import pinned
 from pipeline.storage import canonical_json, open_storage
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
 from tests.pipeline.models import write_tiny
@@ -47,6 +48,7 @@ def test_a_run_becomes_champion(uri: str, tmp_path: Path, capsys: pytest.Capture
     assert tags["data.prefix"] == str(trained().data)
     assert tags["data.digest"] == loaded.config.data["digest"]
     assert {"commit", "step", "images", "fingerprint", "glow.run", "glow.digest"} <= set(tags)
+    assert pinned(open_storage(str(run))) == {int(tags["step"])}, "its checkpoint stays"
     (entry,) = registry.ledger("faces").entries()
     assert (entry.reason, entry.digest) == ("first", loaded.digest)
 

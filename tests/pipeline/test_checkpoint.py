@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.checkpoint import Loaded, accepting, load_latest
 from pipeline.errors import ConfigError, ConflictError, DataError
-from pipeline.saver import save, shares
+from pipeline.saver import Saver, pin, save, shares
 from pipeline.storage import Folder, Storage, open_storage
 from pipeline.world import World
 from tests.pipeline.group import run_group
@@ -113,6 +113,27 @@ def test_retention_keeps_the_last_by_step_number(run: Storage) -> None:
     kept = [key.split("/")[1] for key in run.list() if key.endswith("commit.json")]
     assert kept == ["step-00000010", "step-00000020", "step-00000100"]
     check(latest(run), 100)
+
+
+def test_the_first_at_each_so_many_images_and_pinned_steps_stay(run: Storage) -> None:
+    """Also for a writer that begins anew before every one, over gaps, and past one whose commit is unreadable."""
+    pin(run, 3)
+    for step in (3, 4, 5, 7, 8, 9, 11, 13, 14, 15):  # 48 to 240 images
+        put(run, step, keep=1, keep_every=64)
+        if step == 8:
+            run.sub("checkpoints").write("step-00000008/commit.json", b"cut")
+    assert sorted(kept_steps(run)) == [3, 4, 9, 13, 15]
+    saver = Saver(run, World(), PRINT, keep=1, keep_every=64)
+    for step in (16, 17, 18):
+        saver.begin(step, step * 16, things(step), state_of(step))
+        saver.finish()
+    saver.close()
+    assert sorted(kept_steps(run)) == [3, 4, 9, 13, 16, 18]
+    check(latest(run), 18)
+
+
+def kept_steps(run: Storage) -> set[int]:
+    return {int(key.split("/")[0].removeprefix("step-")) for key in run.sub("checkpoints").list()}
 
 
 def test_order_is_by_number_never_by_clock(run: Storage) -> None:
