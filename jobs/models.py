@@ -216,7 +216,9 @@ def verify(target: Target, /, uri: str = "", retrain: bool = False, data: str = 
     """
     from pipeline.errors import DataError
     from pipeline.golden import verify_model
-    from pipeline.registry import load_model
+    from pipeline.mlflow_run import default_uri
+    from pipeline.promotion import verify_ledger
+    from pipeline.registry import ModelRegistry, load_model
 
     loaded = load_model(target, uri)
     print(f"artifact {loaded.digest}: {len(loaded.files)} files are what it names")
@@ -225,7 +227,9 @@ def verify(target: Target, /, uri: str = "", retrain: bool = False, data: str = 
     if not check.passed:
         raise DataError(str(check), where=target, cure="use the torch build in its lineage.json; or restore the model")
     if target.startswith("models:/"):
-        print(_verified_ledger(target, uri))
+        name, _, here = target.removeprefix("models:/").replace("@", "/").partition("/")
+        count = verify_ledger(ModelRegistry(uri or default_uri()), name, {here: loaded.digest})
+        print(f"ledger: {count} entries, their chain is whole, aliases are as it says")
     if retrain:
         print(f"trained again: artifact {_retrained(loaded, data)}, bit-equal")
     return 0
@@ -237,23 +241,6 @@ def _retrained(loaded: LoadedModel, data: str) -> str:
 
     with following(loaded.lineage.get("images", 0)) as report:
         return retrained(loaded, data, report)
-
-
-def _verified_ledger(target: str, uri: str) -> str:
-    """What the ledger of a registered model says; DataError where an alias says otherwise."""
-    from pipeline.errors import DataError
-    from pipeline.ledger import current
-    from pipeline.mlflow_run import default_uri
-    from pipeline.registry import ModelRegistry
-
-    registry, name = ModelRegistry(uri or default_uri()), target.removeprefix("models:/").split("@")[0].split("/")[0]
-    entries = registry.ledger(name).entries()
-    for alias in sorted({entry.alias for entry in entries}):
-        entry, found = current(entries, alias), registry.resolve(name, alias)
-        if entry and entry.version != found:
-            cure = "the next promotion or rollback puts it right"
-            raise DataError(f"{alias} is version {found}, the ledger says {entry.version}", where=target, cure=cure)
-    return f"ledger: {len(entries)} entries, their chain is whole, aliases are as it says"
 
 
 def _print_promotion(promotion: Promotion, request: Request) -> None:

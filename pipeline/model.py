@@ -128,7 +128,8 @@ def read_model(folder: Storage, digest: str = "") -> LoadedModel:
     listing = _listing(root, folder.where("model.json"))
     contents = {name: _checked(folder, name, entry) for name, entry in listing.items()}
     config = _model_config(contents["config.json"], folder.where("config.json"))
-    model = make_flow(config.model)
+    with _parsing(folder.where("config.json")):
+        model = make_flow(config.model)
     with _parsing(folder.where("weights.safetensors")):
         model.load_state_dict(safetensors.torch.load(contents["weights.safetensors"]))
     with _parsing(folder.where("directions.safetensors")):
@@ -212,7 +213,7 @@ def _parsing(where: str) -> Iterator[None]:
     """Turn what a parser raises over whole but meaningless content into a DataError."""
     try:
         yield
-    except (ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise DataError(f"cannot be read: {error}", where=where) from error
 
 

@@ -5,15 +5,18 @@ The ledger decides. MLflow's alias follows it, and whoever promotes next puts ri
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import UsageError
+from pipeline.errors import DataError, UsageError
 from pipeline.gates import Evidence, Limits, Result, as_json, golden, judge, refuse_failures
 from pipeline.ledger import Entry, Ledger, current, refuse_unconditional
 from pipeline.model import LoadedModel
-from pipeline.registry import ModelRegistry, checked_name
+from pipeline.registry import DIGEST_TAG, ModelRegistry, checked_name
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def promote(
     if before is not None and (before.version, before.digest) == (request.version, loaded.digest):
         return Promotion(before, ())
     split = loaded.config.data["validation"]
-    champion = evidence(registry.load(request.name, before.version), split) if before else None
+    champion = evidence(registry.load(request.name, before.version, before.digest), split) if before else None
     results = tuple(judge(evidence(loaded, split), champion, limits or Limits()))
     announce(results)
     failed = refuse_failures(results, request.forced, f"models:/{request.name}/{request.version}")
@@ -100,15 +103,36 @@ def reconcile(registry: ModelRegistry, name: str, ledger: Ledger) -> None:
     """Set every alias, and the text beside its version, to what the ledger says, until that did not change meanwhile.
 
     This finishes a promotion that a crash cut off between ledger and alias, and puts right an alias set late by a
-    slower promoter.
+    slower promoter. An alias whose version somebody deleted in MLflow stays as it is.
     """
     seen: list[Entry] | None = None
     while (entries := ledger.entries()) != seen:
-        standing = {entry.alias: entry for entry in entries}
+        last, there = {entry.alias: entry for entry in entries}, registry.versions(name)
+        standing = {alias: entry for alias, entry in last.items() if entry.version in there}
+        for alias in sorted(last.keys() - standing):
+            log.warning("models:/%s@%s: version %s is gone from MLflow", name, alias, last[alias].version)
         registry.set_aliases(name, {alias: entry.version for alias, entry in standing.items()})
         for entry in standing.values():
             registry.describe(name, entry.version, entry.markdown())
         seen = entries
+
+
+def verify_ledger(registry: ModelRegistry, name: str, known: Mapping[str, str]) -> int:
+    """Entries of a model's ledger; DataError where its chain is broken, or an alias or its artifact is another.
+
+    `known`: digests of artifacts that were read, by alias or version; of the others the versions' tags are compared.
+    """
+    entries, where = registry.ledger(name).entries(), f"models:/{name}"
+    for alias, entry in sorted({entry.alias: entry for entry in entries}.items()):
+        found = registry.resolve(name, alias)
+        if entry.version != found:
+            cure = "the next promotion or rollback puts it right"
+            raise DataError(f"{alias} is version {found}, the ledger says {entry.version}", where=where, cure=cure)
+        digest = known.get(alias) or known.get(str(found)) or registry.tags(name, found).get(DIGEST_TAG, "")
+        if entry.digest != digest:
+            what = f"{alias}, version {found}, is artifact {digest[:12]}, the ledger says {entry.digest[:12]}"
+            raise DataError(what, where=where, cure="somebody changed the version: register the model again")
+    return len(entries)
 
 
 def _opened(registry: ModelRegistry, request: Request) -> tuple[Ledger, list[Entry]]:

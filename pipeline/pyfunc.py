@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.model import COVERED, LoadedModel, read_model
 from pipeline.storage import open_storage
 
@@ -82,9 +82,9 @@ def refuse_foreign(artifact: Path) -> None:
         described = yaml.safe_load((artifact / "MLmodel").read_text(encoding="utf-8"))
         flavors = described["flavors"]
         flavor = flavors["python_function"]
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
+        found = (sorted(map(str, flavors)), flavor.get("loader_module"), flavor.get("data"), flavor.get("code"))
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"not an MLmodel: {error!r}", where=str(artifact), cure=cure) from error
-    found = (sorted(flavors), flavor.get("loader_module"), flavor.get("data"), flavor.get("code"))
     if found != (["python_function"], LOADER, f"data/{FOLDER}", None):
         what = f"MLmodel names flavors {', '.join(found[0])}, loader {found[1]}, data {found[2]}, code {found[3]}"
         raise DataError(what, where=str(artifact), cure=cure)
@@ -99,6 +99,8 @@ class Sampler:
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
         """uint8 [count, h, w, c]; `model_input` is not looked at, everything is in `params` (see the signature)."""
         asked = {"attributes": "", "label": -1, "temperature": 0.7, "seed": 0, "count": 1} | dict(params or {})
+        if int(asked["count"]) < 1:
+            raise UsageError(f"count is {asked['count']}", cure="1 or more images")
         seeds = range(int(asked["seed"]), int(asked["seed"]) + int(asked["count"]))
         pixels = self.loaded.sample(seeds, float(asked["temperature"]), asked["attributes"], int(asked["label"]))
         return pixels.permute(0, 2, 3, 1).contiguous().numpy()

@@ -131,6 +131,11 @@ class ModelRegistry:
         with translated(self.uri):
             return int(self.client.get_model_version_by_alias(name, alias).version)
 
+    def versions(self, name: str) -> set[int]:
+        """Numbers of the versions there are."""
+        with translated(self.uri):
+            return {int(version.version) for version in self.client.search_model_versions(f"name = '{name}'")}
+
     def tags(self, name: str, version: int) -> dict[str, str]:
         """The tags of a version: its digest and lineage."""
         with translated(self.uri):

@@ -155,6 +155,24 @@ def test_lineage_that_is_no_longer_so_is_a_failed_gate(uri: str, tmp_path: Path)
         models.main(["promote", "faces", "1", "--uri", uri])
 
 
+def test_an_artifact_in_the_place_of_the_champions_is_noticed(uri: str, tmp_path: Path) -> None:
+    """Put there by one who may write artifacts and tags, but not the ledger."""
+    run = copy_of_run(tmp_path)
+    assert models.main(["register", str(run), "--name", "faces", "--uri", uri]) == 0
+    assert models.main(["promote", "faces", "1", "--uri", uri]) == 0
+    register_spoilt(str(run / "model"), tmp_path / "spoilt", uri)
+    client = ModelRegistry(uri).client
+    places = [client.get_model_version_download_uri("faces", number).removeprefix("file://") for number in "12"]
+    shutil.rmtree(places[0])
+    shutil.copytree(places[1], places[0])
+    client.set_model_version_tag("faces", "1", "glow.digest", ModelRegistry(uri).tags("faces", 2)["glow.digest"])
+    for target in ("models:/faces@champion", "models:/faces/1", "models:/faces/2"):
+        with pytest.raises(DataError, match=r"champion, version 1, is artifact \w{12}, the ledger says \w{12}"):
+            models.main(["verify", target, "--uri", uri])
+    with pytest.raises(DataError, match="sha256"):
+        models.main(["promote", "faces", "2", "--uri", uri])
+
+
 def register_spoilt(model: str, folder: Path, uri: str) -> None:
     """Register the model with noise on its weights as the next version of faces."""
     import torch

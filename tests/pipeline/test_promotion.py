@@ -86,6 +86,22 @@ def test_a_promotion_cut_off_after_the_ledger_is_finished_by_the_next(registry: 
     assert registry.resolve("faces", "champion") == 2
 
 
+def test_a_version_deleted_in_mlflow_does_not_hold_up_the_other_aliases(
+    registry: ModelRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in range(3):
+        register(registry, tmp_path / f"m{seed}", seed)
+    promoted(registry, 1, saying(2.0, 2.1), alias="staging")
+    promoted(registry, 2, saying(2.0, 2.1))
+    registry.client.delete_registered_model_alias("faces", "staging")
+    registry.client.delete_model_version("faces", "1")
+    promoted(registry, 3, saying(2.0, 2.1))
+    assert registry.resolve("faces", "champion") == 3
+    assert "models:/faces@staging: version 1 is gone from MLflow" in caplog.text
+    assert rollback(registry, Request(name="faces", version=0)).entry is not None
+    assert registry.resolve("faces", "champion") == 2
+
+
 def test_a_promotion_overtaken_during_its_gates_loses(registry: ModelRegistry, tmp_path: Path) -> None:
     for seed in (0, 1):
         register(registry, tmp_path / f"m{seed}", seed)

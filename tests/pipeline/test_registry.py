@@ -79,7 +79,9 @@ def test_a_whole_other_model_in_the_artifact_is_refused(registry: ModelRegistry,
         load_model("models:/faces/1", registry.uri)
 
 
-@pytest.mark.parametrize("craft", ["loader", "code key", "code folder", "flavor", "pickle", "no MLmodel"])
+@pytest.mark.parametrize(
+    "craft", ["loader", "code key", "code folder", "flavor", "pickle", "no MLmodel", "a word", "a number"]
+)
 def test_an_artifact_that_would_run_other_code_is_refused(registry: ModelRegistry, tmp_path: Path, craft: str) -> None:
     register(registry, tmp_path / "m")
     (described,) = (tmp_path / "artifacts").rglob("MLmodel")
@@ -90,6 +92,12 @@ def test_an_artifact_that_would_run_other_code_is_refused(registry: ModelRegistr
         described.write_text(text.replace("    loader_module:", "    code: code\n    loader_module:"))
     elif craft == "flavor":
         described.write_text(text.replace("flavors:\n", "flavors:\n  sklearn:\n    pickled_model: model.pkl\n"))
+    elif craft in ("a word", "a number"):
+        odd = {
+            "a word": "flavors: {python_function: x}\n",
+            "a number": text.replace("flavors:\n", "flavors:\n  5: {}\n"),
+        }
+        described.write_text(odd[craft])
     elif craft == "no MLmodel":
         described.unlink()
     else:
