@@ -268,16 +268,16 @@ def evidence_of(
     tags = registry.tags(name, version)
     prefix = data or tags.get("data.prefix", "")
     digest = open_manifest(open_storage(data)).digest if data else tags.get("data.digest", "")
-    said: dict[str, Evidence] = {}
+    said: dict[tuple[str, str], Evidence] = {}
 
     def evidence(loaded: LoadedModel, split: str) -> Evidence:
-        if loaded.digest not in said:
+        if (loaded.digest, split) not in said:
             own = registry.tags_of_digest(name, loaded.digest)
             weights = loaded.files["weights.safetensors"]
             kept = kept_review(open_storage(run), split, weights, digest) if (run := own.get(RUN_TAG)) else None
             found = kept.main if kept else evaluate_model(loaded, prefix, split, digest)
-            said[loaded.digest] = Evidence(loaded, found, findings(loaded, own))
-        return said[loaded.digest]
+            said[loaded.digest, split] = Evidence(loaded, found, findings(loaded, own))
+        return said[loaded.digest, split]
 
     return evidence
 

@@ -108,11 +108,8 @@ def _refuse_unfit(model: FlowConfig, manifest: Manifest, editable: Sequence[str]
         or (model.attributes > 0 and (model.attributes, wanted) != (len(manifest.editable), tuple(manifest.editable)))
         or (model.classes > 0 and len(manifest.labels) not in (0, model.classes))
     ):
-        what, cure = (
-            "this dataset's images, attributes or classes do not fit the model",
-            "give --data with one that does",
-        )
-        raise ConfigError(what, where=manifest.storage.url, cure=cure)
+        what = "this dataset's images, attributes or classes do not fit the model"
+        raise ConfigError(what, where=manifest.storage.url, cure="give --data with one that does")
 
 
 def refuse_unlike(subject: Subject, beside: LoadedModel) -> None:
