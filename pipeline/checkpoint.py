@@ -73,6 +73,10 @@ class Loaded:
     tensors: dict[str, Tensor] = field(repr=False)
     state: dict[str, Any]
 
+    def made_with(self, settings: Mapping[str, Any]) -> bool:
+        """Whether it was learned with these very settings, as far as it tells."""
+        return canonical_json(self.state.get("settings")) == canonical_json(dict(settings))
+
 
 def _quiet(text: str) -> None:
     """Tell nobody."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from glow import Flow, bits_per_dim, dequantize, keyed_uniform, make_flow, sample_keys
 from pipeline.anchors import Anchors, nets_dtype
 from pipeline.config import TrainConfig
+from pipeline.errors import DivergedError
 from pipeline.gradients import Gradients
 from pipeline.manifest import Manifest
 from pipeline.optim import (
@@ -30,7 +31,7 @@ from pipeline.optim import (
 )
 from pipeline.spool import Means
 from pipeline.stream import Batch, Stream
-from pipeline.world import World, gather_ordered
+from pipeline.world import World, any_rank, gather_ordered
 
 WORST = 4
 """Parameters and samples named where a gradient is refused."""
@@ -119,6 +120,14 @@ class Learner:
         self.step += 1
         self.means.add({"train/grad_norm": norm, "train/lr": rate} if math.isfinite(norm) else {})
         return refused
+
+    def sound(self, last: bool = False) -> bool:
+        """Whether every weight, and the last gradient, is a number; DivergedError where the run would `last` end so."""
+        broken = not self.guard.finite or any(not bool(p.isfinite().all()) for p in self.model.parameters())
+        (broken,) = any_rank(self.world, broken)
+        if broken and last:
+            raise DivergedError("the last updates left weights that are no numbers", cure="lower optim.lr")
+        return not broken
 
     def _findings(self, batch: Batch, norm: float) -> dict[str, Any]:
         """Where a refused gradient comes from: the worst parameters and samples; equal on all ranks, collective."""

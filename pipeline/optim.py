@@ -211,10 +211,13 @@ class Guard:
     def __init__(self, config: OptimConfig) -> None:
         self._factor, self._limit = config.guard_factor, config.guard_skips
         self.running, self.accepted, self.consecutive, self.skipped = 0.0, 0, 0, 0
+        self.finite = True
+        """Whether the last norm was."""
 
     def check(self, norm: float) -> bool:
         """True: take the step. False: skip it."""
-        if math.isfinite(norm) and (self.running == 0 or norm <= self._factor * self.running):
+        self.finite = math.isfinite(norm)
+        if self.finite and (self.running == 0 or norm <= self._factor * self.running):
             self.accepted += 1
             weight = (1 - GUARD_MEMORY) / (1 - GUARD_MEMORY**self.accepted)
             self.running += weight * (norm - self.running)
@@ -224,9 +227,11 @@ class Guard:
         self.skipped += 1
         return False
 
-    def refuse_hopeless(self, found: Mapping[str, Any]) -> None:
-        """DivergedError once `guard_skips` steps in a row were skipped; `found` is what was wrong with the last."""
-        if self.consecutive < self._limit:
+    def refuse_hopeless(self, found: Mapping[str, Any], last: bool = False) -> None:
+        """DivergedError once `guard_skips` steps in a row were skipped, or the run would end with a gradient that is no
+        number; `found` is what was wrong with the last step.
+        """
+        if self.consecutive < self._limit and (self.finite or not last):
             return
         samples = ", ".join(f"{one['sample']} of epoch {one['epoch']}" for one in found["samples"])
         what = f"{self.consecutive} gradients in a row refused, the last of norm {found['norm']} against a running"

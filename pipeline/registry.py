@@ -20,7 +20,7 @@ from pipeline.ledger import Ledger
 from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, found_or_made, translated
 from pipeline.model import LoadedModel, read_model
 from pipeline.pyfunc import FOLDER, refuse_foreign, save_pyfunc
-from pipeline.saver import pin
+from pipeline.retention import pin
 from pipeline.scratch import scratch
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import run_key

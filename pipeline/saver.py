@@ -7,7 +7,7 @@ rank 0 commit, in its thread again. So a checkpoint costs the loop one copy and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import STEP, Commit, Part, committed, read_commit, read_part, step_name
+from pipeline.checkpoint import Commit, Part, committed, read_commit, read_part, step_name
 from pipeline.errors import ConflictError, DataError, PipelineError
 from pipeline.lease import Fence, attempt_name, refuse_lost, token_of
+from pipeline.retention import images_at, milestones, pinned, retire
 from pipeline.storage import Storage, sha256_hex
 from pipeline.world import World, broadcast_object, on_all, on_first
 
@@ -47,8 +48,8 @@ class _Flight:
 class Saver:
     """Commits checkpoints of one run, one at a time; every method but `writing` is collective.
 
-    `token` is the writer's lease; `committed` is called on rank 0 after every commit, in the background. What is kept:
-    the last `keep`, the first at or after each `keep_every` images (0 none), and the steps in RUN/pins.
+    `token` is the writer's lease; all of `committed` is called on rank 0 after every commit, in the background. What is
+    kept: the last `keep`, the first at or after each `keep_every` images (0 none), and the steps in RUN/pins.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Saver:
         keep: int = 3,
         keep_every: int = 0,
         token: int = 0,
-        committed: Callable[[], None] = lambda: None,
+        committed: Sequence[Callable[[], None]] = (),
     ) -> None:
         self._run, self._world, self._fingerprint = run, world, fingerprint
         self._keep, self._keep_every, self._token, self._committed = keep, keep_every, token, committed
@@ -108,6 +109,16 @@ class Saver:
         on_first(self._world, flight.commit.result)
         self.images = flight.images
 
+    def drop(self) -> bool:
+        """Give up the checkpoint under way, where there is one whose commit has not begun; whether there was."""
+        flight = self._flight
+        if flight is None or flight.commit is not None:
+            return False
+        self._gathered(flight)
+        self._flight = None
+        on_first(self._world, lambda: self._folder.sub(step_name(flight.step)).remove_tree(flight.attempt))
+        return True
+
     def finish(self) -> None:
         """Wait until the checkpoint under way is committed, where there is one."""
         while self._flight is not None:
@@ -141,8 +152,9 @@ class Saver:
         )
         _commit(self._run, self._folder, commit)
         keys = self._folder.list()
-        _retire(self._folder, keys, flight.step, self._kept(flight, committed(keys)))
-        self._committed()
+        retire(self._folder, keys, flight.step, self._kept(flight, committed(keys)))
+        for told in self._committed:
+            told()
 
     def _kept(self, flight: _Flight, steps: list[int]) -> set[int]:
         """The committed steps that stay, up to the newest; also damaged ones, while they are among the last."""
@@ -152,7 +164,7 @@ class Saver:
             self._seen[flight.step] = flight.images
             for step in steps:
                 if step not in self._seen:
-                    self._seen[step] = _images(self._folder, step)
+                    self._seen[step] = images_at(self._folder, step)
             kept |= milestones({step: self._seen[step] for step in steps}, self._keep_every)
         return kept
 
@@ -236,57 +248,3 @@ def _tensors(folder: Storage, commit: Commit) -> dict[str, Tensor]:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one, other)
-
-
-def pin(run: Storage, step: int) -> None:
-    """Have a checkpoint stay for as long as RUN/pins names it."""
-    run.write(f"pins/{step_name(step)}", b"")
-
-
-def pinned(run: Storage) -> set[int]:
-    """The steps that are to stay."""
-    return {int(match[1]) for key in run.sub("pins").list() if (match := STEP.fullmatch(f"{key}/"))}
-
-
-def milestones(images: Mapping[int, int], every: int) -> set[int]:
-    """Of steps with their images, the first at or after each multiple of `every` images."""
-    first: dict[int, int] = {}
-    for step in sorted(images):
-        first.setdefault(images[step] // every, step)
-    return {step for number, step in first.items() if number > 0}
-
-
-def _images(folder: Storage, step: int) -> int:
-    """Where a checkpoint stands; 0 where its commit cannot be read: it marks nothing."""
-    try:
-        return read_commit(folder, step).images
-    except DataError:
-        return 0
-
-
-def _retire(folder: Storage, keys: list[str], newest: int, kept: set[int]) -> None:
-    """Remove checkpoints that are not `kept`, and attempts that were never committed, up to the newest step.
-
-    Later steps are left alone: they are damaged ones that were passed over, or another writer's.
-    """
-    present = {int(match[1]) for key in keys if (match := STEP.match(key))}
-    for step in sorted(step for step in present if step <= newest):
-        if step in kept:
-            _drop_attempts(folder, step, keys)
-        else:
-            folder.remove(f"{step_name(step)}/commit.json")  # first, so that no commit stands over missing parts
-            folder.remove_tree(step_name(step))
-
-
-def _drop_attempts(folder: Storage, step: int, keys: list[str]) -> None:
-    """Remove the attempts of a kept step that its commit does not name; those of a damaged one stay."""
-    inside = [key.split("/") for key in keys if key.startswith(step_name(step) + "/")]
-    attempts = {parts[1] for parts in inside if len(parts) == 3}
-    if len(attempts) < 2:
-        return
-    try:
-        named = read_commit(folder, step).attempt
-    except DataError:
-        return
-    for attempt in sorted(attempts - {named}):
-        folder.remove_tree(f"{step_name(step)}/{attempt}")

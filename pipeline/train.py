@@ -6,6 +6,7 @@ To resume a run, run the same command again: the last committed checkpoint decid
 
 from __future__ import annotations
 
+import functools
 import itertools
 import secrets
 import signal
@@ -142,12 +143,14 @@ def train(
     learner = Learner(config, world, examples := Examples(config, manifest, world.device))
     accepted = accepting(identity, settings, config.allow_change)
     loaded = load_latest(folder, world, accepted, on_event=lambda text: tracker.event("checkpoint", text=text))
-    on_first(world, lambda: folder.write("config.toml", write_config(for_next_time(config)).encode()))
+    keep_config = functools.partial(folder.write, "config.toml", write_config(for_next_time(config)).encode())
+    if loaded is None or loaded.made_with(settings):
+        on_first(world, keep_config)
     tracker.start(flat_params(config), inputs_of(manifest))
     tracker.artifact("config.toml")
     figures: dict[str, float] = {}
     keep = {"keep": schedule.keep, "keep_every": schedule.keep_every}
-    saver = Saver(folder, world, identity, **keep, token=token, committed=tracker.sync)
+    saver = Saver(folder, world, identity, **keep, token=token, committed=[keep_config, tracker.sync])
     tracing = traced(config.tracking.profile, folder, world, tracker, lambda: learner.step)
     data = opened(config, manifest, world)
     with data as (stream, unseen), stop_asked() as asked, closing(saver), tracing as step_taken:
@@ -162,28 +165,28 @@ def train(
         pace = Pace(config, world, learner.images)
         if pace.unknown:
             tracker.event("mfu", value=None, reason=pace.unknown)
-        end = schedule.images + -schedule.images % schedule.batch
+        end, owed = schedule.images + -schedule.images % schedule.batch, False
         for batch in pace.timed(stream.batches(learner.images, schedule.batch, learner.rows, stop=end)):
-            if refused := learner.learn(batch):
-                tracker.event("skipped", images=learner.images, **refused)
-                learner.guard.refuse_hopeless(refused)
-            step_taken()
+            refused = learner.learn(batch)
             last = learner.images >= schedule.images
+            if refused:
+                tracker.event("skipped", images=learner.images, **refused)
+                owed |= saver.drop()  # weights whose first gradient is refused are none to go back to
+                learner.guard.refuse_hopeless(refused, last)
+            step_taken()
             stopping, writing = any_rank(world, bool(asked) or stop(), saver.writing)
-            saving = last or stopping or due(learner.images, schedule.checkpoint_every, schedule.batch)
-            speaking = saving or due(learner.images, schedule.status_every, schedule.batch)
+            owed |= due(learner.images, schedule.checkpoint_every, schedule.batch)
+            saving = (last or stopping or (owed and not refused)) and learner.sound(last)
+            speaking = saving or last or stopping or due(learner.images, schedule.status_every, schedule.batch)
             if speaking:
                 stream.told(itertools.chain(*on_all(world, lambda: stream.damaged)))
-                fresh = learner.figures() | pace.figures(learner.images) | stream.figures()
-                fresh |= {"ft/checkpoint": float(saver.images), "ft/restarts": float(max(token - 1, 0))}
-                tracker.log(learner.images, fresh)
-                tell(learner, tracker)
-                figures |= fresh
+                figures |= speak(learner, pace, stream, tracker, saver.images, token)
             if last or due(learner.images, config.evaluate.every, schedule.batch):
                 figures |= look(learner, examples, unseen, tracker)
             if not writing:
                 saver.advance()
             if saving:
+                owed = False
                 saver.begin(learner.step, learner.images, learner.tensors(), learner.state() | {"settings": settings})
             if last or stopping:
                 saver.finish()
@@ -191,7 +194,7 @@ def train(
                 report({"images": float(learner.images)} | figures)
             if stopping and not last:
                 cure = "run the same command again to go on"
-                text = f"stopped after a checkpoint at {learner.images} images"
+                text = f"stopped after a checkpoint at {saver.images} images"
                 raise interruption(asked)(text, where=folder.url, cure=cure)
     tracker.close()
     return {"images": float(learner.images)} | figures
@@ -200,6 +203,15 @@ def train(
 def for_next_time(config: TrainConfig) -> TrainConfig:
     """The configuration without what was asked of this attempt alone."""
     return replace(config, allow_change=(), tracking=replace(config.tracking, profile=0))
+
+
+def speak(learner: Learner, pace: Pace, stream: Stream, tracker: Tracker, saved: int, token: int) -> dict[str, float]:
+    """Record how the run stands since the last call; its newest checkpoint is at `saved`, `token` counts its starts."""
+    fresh = learner.figures() | pace.figures(learner.images) | stream.figures()
+    fresh |= {"ft/checkpoint": float(saved), "ft/restarts": float(max(token - 1, 0))}
+    tracker.log(learner.images, fresh)
+    tell(learner, tracker)
+    return fresh
 
 
 def tell(learner: Learner, tracker: Tracker) -> None:

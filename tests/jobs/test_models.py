@@ -14,7 +14,7 @@ from pipeline.export import export_model, read_run
 from pipeline.lineage import findings
 from pipeline.manifest import open_manifest
 from pipeline.registry import ModelRegistry, load_model
-from pipeline.saver import pinned
+from pipeline.retention import pinned
 from pipeline.storage import canonical_json, open_storage
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
 from tests.pipeline.models import write_tiny

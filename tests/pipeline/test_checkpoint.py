@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.checkpoint import Loaded, accepting, load_latest
 from pipeline.errors import ConfigError, ConflictError, DataError
-from pipeline.saver import Saver, pin, save, shares
+from pipeline.retention import pin
+from pipeline.saver import Saver, save, shares
 from pipeline.storage import Folder, Storage, open_storage
 from pipeline.world import World
 from tests.pipeline.group import run_group

@@ -82,13 +82,13 @@ def config(dataset: Path, tmp_path: Path) -> TrainConfig:
     )
 
 
-def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
-    """Everything the newest checkpoint of a run holds."""
+def weights(config: TrainConfig, images: int = IMAGES) -> dict[str, torch.Tensor]:
+    """Everything the newest checkpoint of a run holds, which is at so many images."""
     manifest = open_manifest(open_storage(config.data.prefix))
     identity = fingerprint(resolved(config, manifest), manifest.digest)
     loaded = load_latest(open_storage(config.storage).sub(config.name), World(), accepting(identity))
     assert loaded is not None
-    assert loaded.images == IMAGES
+    assert loaded.images == images
     return loaded.tensors
 
 
@@ -315,6 +315,48 @@ def test_a_run_that_diverges_goes_back_once_and_names_what_it_met(config: TrainC
     skips = kinds.count("skipped")
     measured("R14", "diverging: batches skipped, samples named, 1 rollback, exit 8", skips, "batches")
     assert kinds[-1] == "stopped"
+
+
+def too_fast(config: TrainConfig, **changes: Any) -> TrainConfig:
+    """A rate that ruins the weights at the second step, with a checkpoint at every step."""
+    schedule = replace(config.schedule, checkpoint_every=BATCH, status_every=BATCH, images=30 * BATCH)
+    ruinous = OptimConfig(algorithm="adam", lr=1e6, warmup=2 * BATCH, guard_skips=6)
+    return replace(config, optim=ruinous, schedule=replace(schedule, **changes))
+
+
+def test_no_checkpoint_holds_weights_whose_gradient_is_refused(config: TrainConfig) -> None:
+    """Promise R14: what a diverged run goes back to is sound, and the cure it names works."""
+    fast = too_fast(config)
+    with pytest.raises(DivergedError, match="6 gradients in a row"):
+        run(fast)
+    left = weights(fast, BATCH)
+    assert all(bool(tensor.isfinite().all()) for tensor in left.values())
+    assert max(float(tensor.abs().max()) for name, tensor in left.items() if name.startswith("model/")) < 100
+    cured = replace(fast, optim=replace(fast.optim, lr=1e-4), allow_change=("optim.lr",))
+    assert run(cured)["images"] == fast.schedule.images
+    skipped = [row["kind"] for row in parse_rows(open_storage(f"{config.storage}/tiny").read("events.jsonl"))]
+    assert skipped.count("skipped") == 12, "none after the cure"
+
+
+def test_a_run_does_not_end_with_weights_that_are_no_numbers(config: TrainConfig) -> None:
+    """Its schedule is over before the guard has refused its fill."""
+    short = too_fast(config, images=5 * BATCH)
+    with pytest.raises(DivergedError):
+        run(short)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(short, BATCH).values())
+
+
+def test_settings_are_written_beside_checkpoints_that_have_them(config: TrainConfig) -> None:
+    """A finished run given again with another rate learns nothing, and stays one that can be read."""
+    run(config)
+    other = replace(config, optim=replace(config.optim, lr=5e-4), allow_change=("optim.lr",))
+    run(other)
+    kept = read_run(open_storage(f"{config.storage}/tiny"))
+    assert kept.config.optim.lr == config.optim.lr
+    change = ("optim.lr", "schedule.images")
+    longer = replace(other, allow_change=change, schedule=replace(other.schedule, images=IMAGES + BATCH))
+    run(longer)
+    assert read_run(open_storage(f"{config.storage}/tiny")).config.optim.lr == 5e-4
 
 
 @pytest.mark.parametrize(("name", "value"), [("size", 32), ("channels", 1), ("classes", 3), ("attributes", 7)])
