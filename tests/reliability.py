@@ -119,6 +119,8 @@ PROMISES = (
             "no update on any rank; bounded skips, one rollback, then exit 8 naming the samples",
             ("pipeline/test_guard.py::test_one_bad_sample_on_one_rank_moves_no_rank_and_is_named",
              "pipeline/test_train.py::test_a_run_that_diverges_goes_back_once_and_names_what_it_met",
+             "pipeline/test_train.py::test_no_checkpoint_holds_weights_whose_gradient_is_refused",
+             "pipeline/test_train.py::test_a_run_does_not_end_with_weights_that_are_no_numbers",
              "pipeline/test_optim.py::test_the_guard_skips_counts_and_forgives",
              "pipeline/test_optim.py::test_the_guard_stops_a_run_that_has_diverged")),
     Promise("R15", "clocks that are wrong",

@@ -127,7 +127,7 @@ def doctor(address: Address = "", storage: str = "", uri: str = "", here: bool =
         uri: MLflow address; empty takes MLFLOW_TRACKING_URI.
         here: Look at this machine alone.
     """
-    from jobs.cluster.doctor import findings
+    from jobs.cluster.findings import findings
 
     storage = storage or os.environ.get("GLOW_STORAGE", "")
     code = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 import subprocess
 import sys
 import time
@@ -23,6 +26,14 @@ def test_the_overview_is_quick_and_loads_nothing_heavy() -> None:
     assert done.returncode == 0, done.stdout
     assert time.perf_counter() - start < 5 * 0.3  # the bench says how quick; this says that nothing heavy crept in
     assert all(f"  {name}" in done.stdout for name in GROUPS)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_command_has_the_name_of_a_module_beside_it(group: str) -> None:
+    """Importing such a module would put it in the command's place."""
+    package = importlib.import_module(f"jobs.{group}")
+    modules = {module.name for module in pkgutil.iter_modules(getattr(package, "__path__", []))}
+    assert not modules & {name for name, value in vars(package).items() if inspect.isfunction(value)}
 
 
 def test_no_command_is_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
