@@ -110,9 +110,10 @@ def promote(
     from pipeline.registry import ModelRegistry
 
     request = Request(name=name, version=version, alias=alias, reason=reason, forced=tuple(force_gate), dry_run=dry_run)
+    asked = read_limits(Path(limits)) if limits else Limits()
     registry = ModelRegistry(uri or default_uri())
     evidence = evidence_of(registry, name, version, data)
-    promotion = decide(registry, request, evidence, read_limits(Path(limits)) if limits else Limits(), print_gates)
+    promotion = decide(registry, request, evidence, asked, print_gates)
     _print_promotion(promotion, request)
     return 0
 

@@ -214,11 +214,15 @@ class TrainConfig:
 
 def read_config(path: str | Path, base: TrainConfig | None = None) -> TrainConfig:
     """The tree of a TOML file laid over `base`; ConfigError names the first key that makes no sense."""
+    return config_of(read_toml(path), str(path), base)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tree of a TOML file; ConfigError where there is none."""
     try:
-        overrides = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
-    return config_of(overrides, str(path), base)
 
 
 def config_of(overrides: dict[str, Any], where: str, base: TrainConfig | None = None) -> TrainConfig:

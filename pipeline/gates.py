@@ -9,21 +9,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from glow import latents_of_seeds
 from pipeline.comparison import compare
+from pipeline.config import read_toml
 from pipeline.errors import ConfigError, GateError, UsageError
 from pipeline.evaluate import Evaluation, Figure
 from pipeline.golden import verify_model
 from pipeline.model import LoadedModel
+
+Bound = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,17 +34,17 @@ class Limits:
 
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
-    bits_per_dim: float = 0.005
+    bits_per_dim: Bound = 0.005
     """Largest regression against the champion; one within two standard errors of the difference is none."""
-    worst_class: float = 0.02
+    worst_class: Bound = 0.02
     """The same for every class."""
-    round_trip: float = 1e-3
+    round_trip: Bound = 1e-3
     """Largest error of decode(encode(x)), x spanning 1."""
-    finite_seeds: int = 256
+    finite_seeds: Annotated[int, Field(ge=1, le=10**6)] = 256
     """Seeds whose samples must be finite ..."""
-    finite_temperatures: tuple[float, ...] = (0.7, 1.0)
+    finite_temperatures: Annotated[tuple[Bound, ...], Field(min_length=1)] = (0.7, 1.0)
     """... at each of these temperatures ..."""
-    saturated: float = 0.01
+    saturated: Annotated[Bound, Field(le=1)] = 0.01
     """... and the largest share of their values outside the range of pixels, beyond the share of held-out values that
     are at its ends: who learns from photographs with burnt-out skies puts density there."""
 
@@ -73,12 +75,10 @@ class Evidence:
 
 
 def read_limits(path: Path) -> Limits:
-    """Limits from a TOML file; what it does not name keeps its default."""
+    """Limits from a TOML file; what it does not name keeps its default. ConfigError for one that limits nothing."""
+    tree = dataclasses.asdict(Limits()) | read_toml(path)
     try:
-        tree = dataclasses.asdict(Limits()) | tomllib.loads(path.read_text())
-        return TypeAdapter(Limits).validate_json(json.dumps(tree), strict=True)
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"cannot be read: {error}", where=str(path)) from error
+        return TypeAdapter(Limits).validate_json(json.dumps(tree, default=str), strict=True)
     except ValidationError as error:
         finding = error.errors()[0]
         cure = f"limits are {', '.join(field.name for field in dataclasses.fields(Limits))}"

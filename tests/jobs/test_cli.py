@@ -95,6 +95,7 @@ def test_every_command_has_help(group: str, capsys: pytest.CaptureFixture[str]) 
         ("models register nowhere", 2, "nowhere: not a run: no config.toml"),
         ("models history faces --uri mlruns", 2, "mlruns: not an MLflow address"),
         ("models promote faces 1 --alias latest", 2, "alias 'latest'; lower case"),
+        ("models promote faces 1 --limits none.toml", 3, "none.toml: cannot be read"),
         ("models verify nowhere", 4, "model.json: missing from the model folder"),
         ("evaluate s3://AKIAEXAMPLE:hunter2/faces", 2, "s3://...: not a storage address"),
     ],

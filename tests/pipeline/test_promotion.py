@@ -189,9 +189,42 @@ def test_limits_are_a_table(tmp_path: Path) -> None:
     assert read_limits(tmp_path / "limits.toml") == dataclasses.replace(
         Limits(), bits_per_dim=0.01, finite_temperatures=(0.5,)
     )
-    (tmp_path / "limits.toml").write_text("bits = 1")
-    with pytest.raises(ConfigError, match="limits are bits_per_dim"):
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"bits = 1", "limits.toml: bits: .*limits are bits_per_dim"),
+        (b"bits_per_dim = inf", "bits_per_dim: .*finite"),
+        (b"bits_per_dim = -0.01", "bits_per_dim: .*greater than or equal to 0"),
+        (b"bits_per_dim = 2020-01-01", "bits_per_dim: .*number"),
+        (b"worst_class = nan", "worst_class: .*finite"),
+        (b"worst_class = true", "worst_class: .*number"),
+        (b"round_trip = -inf", "round_trip: .*"),
+        (b"round_trip = [1e-3]", "round_trip: .*number"),
+        (b"saturated = 1.5", "saturated: .*less than or equal to 1"),
+        (b"saturated = nan", "saturated: .*"),
+        (b"finite_seeds = 0", "finite_seeds: .*greater than or equal to 1"),
+        (b"finite_seeds = 256.0", "finite_seeds: .*integer"),
+        (b"finite_seeds = 100000000000000000000", "finite_seeds: .*less than or equal to"),
+        (b"finite_temperatures = []", "finite_temperatures: .*at least 1"),
+        (b"finite_temperatures = 0.7", "finite_temperatures: .*"),
+        (b"finite_temperatures = [0.7, -1.0]", "finite_temperatures: .*greater than or equal to 0"),
+        (b"finite_temperatures = [nan]", "finite_temperatures: .*finite"),
+        (b"bits_per_dim.mean = 1", "bits_per_dim: .*number"),
+        pytest.param(b"saturated = " + b"9" * 5000, "limits.toml: cannot be read", id="long number"),
+        pytest.param(b"saturated = " + b"[" * 5000, "limits.toml: cannot be read", id="deep nest"),
+        (b"bits_per_dim 1", "limits.toml: cannot be read: Expected '='"),
+        (b"# \xff", "limits.toml: cannot be read: 'utf-8' codec"),
+        (None, "limits.toml: cannot be read: .*No such file"),
+    ],
+)
+def test_limits_that_limit_nothing_are_refused_when_read(content: bytes | None, says: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "limits.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=says) as refusal:
         read_limits(tmp_path / "limits.toml")
+    assert len(str(refusal.value)) < 400
 
 
 def test_rollback_is_a_promotion_to_what_was_champion_before(registry: ModelRegistry, tmp_path: Path) -> None:
