@@ -10,7 +10,6 @@ For a run the review is kept in RUN/eval/, where promotion finds it, and shown i
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,10 +65,11 @@ def evaluate(
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
         dry_run: Open everything, say what would be evaluated, write nothing.
     """
+    from pipeline.bounds import refuse_odd
     from pipeline.registry import load_model
     from pipeline.review import keep_review, open_subject, refuse_unlike, review
 
-    _refuse_odd(max_images, temperature, workers)
+    refuse_odd(max_images=max_images, temperature=temperature, workers=workers)
     page = _page(report, dry_run)
     subject = open_subject(target, data, uri)
     split = split or subject.config.data.validation
@@ -130,17 +130,6 @@ def evaluate_share(
     world = World.from_environment()
     with joined(world):
         return evaluated(open_subject(target, config.data.prefix, uri), split, images, world)
-
-
-def _refuse_odd(images: int, temperature: float, workers: int) -> None:
-    """UsageError for numbers that mean nothing."""
-    for bad, what, cure in (
-        (images < 0, f"--max-images {images}", "1 or more; 0 takes all"),
-        (not 0 <= temperature < math.inf, f"--temperature {temperature}", "0 or more; 0.7 is usual"),
-        (workers < 0, f"--workers {workers}", "1 or more; 0 evaluates in this process"),
-    ):  # fmt: skip
-        if bad:
-            raise UsageError(what, cure=cure)
 
 
 def _page(report: str, dry_run: bool) -> tuple[Storage, str] | None:

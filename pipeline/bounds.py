@@ -1,13 +1,13 @@
-"""What each number of a configuration may be: one table, so that none reaches a run unlooked at."""
+"""What each number of a configuration, or asked of a model, may be: two tables, so that none is used unlooked at."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UsageError
 
 ABOVE_0, BELOW_1 = math.ulp(0.0), math.nextafter(1.0, 0.0)
 MANY = 10**15
@@ -62,6 +62,28 @@ BOUNDS: dict[str, tuple[float, float, str]] = {
     "cluster.max_failures":    (0,       2**20,       "restarts, 0 or more"),
     "cluster.lease_s":         (ABOVE_0, 10**6,       "seconds, above 0"),
 }  # fmt: skip
+
+ASKED: dict[str, tuple[float, float, str]] = {
+    # of a model    least    most          in words
+    "seed":         (0,      2**63 - 1,    f"0 to {2**63 - 1}"),
+    "temperature":  (0,      FINITE,       "0 or more; 0.7 is usual"),
+    "slider":       (-1_000, 1_000,        "-1 to 1 as a rule, 1000 at most"),
+    "rows":         (1,      10_000,       "1 to 10000"),
+    "steps":        (2,      10_000,       "2 to 10000, both ends included"),
+    "count":        (1,      100_000,      "1 to 100000 images"),
+    "max-images":   (0,      MANY,         "1 or more; 0 takes all"),
+    "workers":      (0,      2**20,        "1 or more; 0 evaluates in this process"),
+}  # fmt: skip
+
+
+def refuse_odd(**asked: float | Sequence[float]) -> None:
+    """UsageError for the first number outside its row of `ASKED`; a sequence is one number each."""
+    for word, numbers_of in asked.items():
+        name = word.replace("_", "-")
+        least, most, words = ASKED[name]
+        for number in numbers_of if isinstance(numbers_of, Sequence) else (numbers_of,):
+            if not least <= number <= most:
+                raise UsageError(f"{name} {number}", cure=words)
 
 
 def refuse_out_of_bounds(config: Any) -> None:

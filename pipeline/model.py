@@ -26,6 +26,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from glow import Flow, make_flow
+from pipeline.bounds import refuse_odd
 from pipeline.config import ModelSettings
 from pipeline.errors import DataError
 from pipeline.golden import make_golden
@@ -82,6 +83,7 @@ class LoadedModel:
         The real image is number `seed mod 64` of the training split, so a seed keeps its other attributes, and
         combinations are ones that occur; a model has never seen an image with nothing known about it.
         """
+        refuse_odd(seed=seeds)
         rows = torch.tensor(list(seeds), dtype=torch.int64) % len(self.golden["labels"])
         base = self.golden["labels"][rows], self.golden["attributes"][rows]
         return condition_of(self.config.model, self.config.editable, base, attributes, label)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import DataError, UsageError
+from pipeline.bounds import refuse_odd
+from pipeline.errors import DataError
 from pipeline.model import COVERED, LoadedModel, read_model
 from pipeline.storage import open_storage
 
@@ -99,8 +100,7 @@ class Sampler:
     def predict(self, model_input: Any, params: Mapping[str, Any] | None = None) -> np.ndarray:
         """uint8 [count, h, w, c]; `model_input` is not looked at, everything is in `params` (see the signature)."""
         asked = {"attributes": "", "label": -1, "temperature": 0.7, "seed": 0, "count": 1} | dict(params or {})
-        if int(asked["count"]) < 1:
-            raise UsageError(f"count is {asked['count']}", cure="1 or more images")
+        refuse_odd(count=int(asked["count"]))
         seeds = range(int(asked["seed"]), int(asked["seed"]) + int(asked["count"]))
         pixels = self.loaded.sample(seeds, float(asked["temperature"]), asked["attributes"], int(asked["label"]))
         return pixels.permute(0, 2, 3, 1).contiguous().numpy()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glow import Flow, FlowConfig, latents_of_seeds, to_pixels
+from pipeline.bounds import refuse_odd
 from pipeline.errors import DataError, UsageError
 
 Temperature = float | Sequence[float]
@@ -30,6 +31,7 @@ def sample(
     and the threads, and a value at the edge of a bin would fall to either side. On a GPU they are decoded together.
     """
     device = next(model.parameters()).device
+    refuse_odd(temperature=temperature)
     chunk = 1 if device.type == "cpu" else 64
     label, attributes = (None if part is None else part.to(device) for part in condition)
     pixels = []

@@ -39,19 +39,22 @@ def sample(
         attributes: What a column asks for, as +Smiling,-Eyeglasses; repeat for more columns (--attributes=-X where it
             starts with a minus). The rest is a real image's.
         temperatures: One; or several, then columns differ in temperature, and every image is asked for all attributes.
-        level_temperatures: One a level, finest first, instead.
+        level_temperatures: One a level, finest first, instead of one.
         label: Class number; -1 takes a real image's.
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
         dry_run: Load and check everything, say what would be drawn, write nothing.
     """
+    from pipeline.bounds import refuse_odd
     from pipeline.grids import sample_grid
     from pipeline.registry import load_model
 
     refuse_other_pictures(out)
+    refuse_odd(rows=rows)
+    _refuse_odd_heats(temperatures, level_temperatures)
     chosen = list(seeds or range(rows))
-    if not chosen or not temperatures:
-        raise UsageError("nothing to draw", cure="give --rows or --seeds, and a temperature")
     loaded = load_model(model, uri)
+    if len(level_temperatures) not in (0, levels := loaded.config.model.levels):
+        raise UsageError(f"{len(level_temperatures)} temperatures for {levels} levels", cure="one a level")
     columns = _columns(loaded, chosen, attributes, temperatures, label)
     what = f"{len(chosen)} rows, {len(columns)} columns of {loaded.config.model.size} px, artifact {loaded.digest[:12]}"
     if dry_run:
@@ -60,6 +63,16 @@ def sample(
     heat = level_temperatures or temperatures[0]
     write_picture(out, [sample_grid(loaded.model, loaded.config.bits, chosen, columns, heat)], what)
     return 0
+
+
+def _refuse_odd_heats(columns: Sequence[float], levels: Sequence[float] = ()) -> None:
+    from pipeline.bounds import refuse_odd
+
+    refuse_odd(temperature=[*columns, *levels])
+    if not columns:
+        raise UsageError("nothing to draw", cure="one --temperatures at least")
+    if len(columns) > 1 and levels:
+        raise UsageError("--level-temperatures beside several --temperatures", cure="columns differ in it, or levels")
 
 
 def _columns(
@@ -97,8 +110,10 @@ def edit(
     import torch
 
     from pipeline import workbench
+    from pipeline.bounds import refuse_odd
 
     refuse_other_pictures(out)
+    refuse_odd(slider=sliders)
     loaded, names, pixels = opened(model, pictures, uri)
     asked = list(attributes or loaded.config.editable)
     places = [workbench.attribute_of(loaded, name) for name in asked]
@@ -145,11 +160,13 @@ def interpolate(
 
     from glow import interpolate as between
     from pipeline import workbench
+    from pipeline.bounds import refuse_odd
 
     refuse_other_pictures(out)
+    refuse_odd(steps=steps)
     loaded, names, pixels = opened(model, (first, second), uri)
-    if len(names) != 2 or steps < 2:
-        raise UsageError(f"{len(names)} pictures in {steps} steps", cure="two pictures, at least two steps")
+    if len(names) != 2:
+        raise UsageError(f"{len(names)} pictures", cure="two: one to begin with, one to end with")
     what = f"{steps} steps {'on a line' if linear else 'on an arc'}, artifact {loaded.digest[:12]}"
     if dry_run:
         print(f"dry run: would draw {what} to {out}")
@@ -178,15 +195,18 @@ def sweep(
         model: A model's folder, an s3:// prefix, models:/NAME@alias or models:/NAME/3.
         pictures: Files, s3:// addresses, folders of either, or seed:7.
         over: temperature scales all latents; levels keeps those from a level on and draws the finer ones anew.
-        temperatures: Factors of the latents; of the fresh ones, the last.
-        seed: Of the fresh latents.
+        temperatures: Factors of the latents, over temperature.
+        seed: Of the fresh latents, at temperature 0.7, over levels.
         out: PNG file, or GIF with a frame a column.
         uri: MLflow address for models:/ names; empty takes MLFLOW_TRACKING_URI.
         dry_run: Load and check everything, write nothing.
     """
     from pipeline import workbench
+    from pipeline.bounds import refuse_odd
 
     refuse_other_pictures(out)
+    refuse_odd(seed=seed)
+    _refuse_odd_heats(temperatures)
     loaded, names, pixels = opened(model, pictures, uri)
     what = f"{len(names)} pictures over {over}, artifact {loaded.digest[:12]}"
     if dry_run:

@@ -11,15 +11,17 @@ from PIL import Image
 from safetensors.torch import load
 
 from jobs import latents
+from jobs.__main__ import main
 from pipeline.errors import UsageError
 from pipeline.storage import open_storage
 from tests.pipeline.models import write_tiny
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    write_tiny(tmp_path / "model")
-    return str(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny(folder)
+    return str(folder)
 
 
 def test_columns_are_what_is_asked_for(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +142,7 @@ def test_models_pictures_and_latents_may_lie_on_s3(s3: str, model: str, pictures
     ("words", "says"),
     [
         (["edit", "PICTURES", "--attributes", "Smilin"], "did you mean Smiling"),
-        (["interpolate", "PICTURES", "seed:1"], "4 pictures in 9 steps"),
+        (["interpolate", "PICTURES", "seed:1"], "4 pictures; two: one"),
         (["sweep", "seed:1", "--out", "sweep.bmp"], "sweep.bmp is neither .png nor .gif"),
     ],
 )
@@ -152,6 +154,53 @@ def test_a_mistake_is_refused_and_nothing_is_written(
     command, *rest = [word.replace("PICTURES", pictures) for word in words]
     with pytest.raises(UsageError, match=says):
         latents.main([command, model, *rest])
+    assert set(tmp_path.rglob("*")) == before
+
+
+HUGE = str(10**20)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("sample --level-temperatures 0.7", "1 temperatures for 2 levels; one a level"),
+        ("sample --level-temperatures 0.7 0.7 0.7", "3 temperatures for 2 levels"),
+        ("sample --level-temperatures 0.7 nan", "temperature nan; 0 or more"),
+        ("sample --level-temperatures 0.7 -1", "temperature -1.0; 0 or more"),
+        ("sample --level-temperatures 0.7 0.7 --temperatures 0.5 0.9", "beside several --temperatures; columns"),
+        ("sample --temperatures inf", "temperature inf; 0 or more"),
+        ("sample --temperatures 0.7 -1", "temperature -1.0; 0 or more"),
+        ("sample --temperatures", "nothing to draw"),
+        (f"sample --seeds 1 {HUGE}", f"seed {HUGE}; 0 to 9223372036854775807"),
+        ("sample --seeds -1", "seed -1; 0 to"),
+        (f"sample --rows {HUGE}", f"rows {HUGE}; 1 to"),
+        ("sample --rows -1", "rows -1; 1 to"),
+        ("sweep seed:1 --temperatures nan", "temperature nan; 0 or more"),
+        ("sweep seed:1 --temperatures", "nothing to draw"),
+        (f"sweep seed:1 --over levels --seed {HUGE}", f"seed {HUGE}; 0 to"),
+        ("sweep seed:1 --over levels --seed -1", "seed -1; 0 to"),
+        (f"interpolate seed:1 seed:{HUGE}", f"seed {HUGE}; 0 to"),
+        (f"interpolate seed:1 seed:2 --steps {HUGE}", f"steps {HUGE}; 2 to"),
+        ("interpolate seed:1 seed:2 --steps 1", "steps 1; 2 to"),
+        ("edit seed:1 --sliders nan", "slider nan; "),
+        ("edit seed:1 --sliders 1e300", "slider 1e+300; "),
+        ("edit seed:-1", "seed -1; 0 to"),
+        (f"encode seed:{HUGE}", f"seed {HUGE}; 0 to"),
+        (f"score seed:{HUGE}", f"seed {HUGE}; 0 to"),
+        (f"score seed:1 --label {HUGE}", f"no class {HUGE}"),
+    ],
+)
+def test_a_number_that_means_nothing_is_a_line_and_exit_2(
+    words: str, says: str, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    command, *rest = words.split()
+    for dry_run in ([], ["--dry-run"]):
+        assert main(["latents", command, model, *rest, *dry_run]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert says in line
     assert set(tmp_path.rglob("*")) == before
 
 

@@ -17,6 +17,7 @@ from glow import Glow
 from pipeline.errors import DataError, UsageError
 from pipeline.golden import verify_model
 from pipeline.model import COVERED, LoadedModel, read_model
+from pipeline.pyfunc import Sampler
 from pipeline.storage import canonical_json, open_storage, sha256_hex
 from tests.pipeline.models import tiny_config, tiny_model, write_tiny
 
@@ -180,6 +181,27 @@ def test_unknown_attributes_and_classes_are_refused_with_a_suggestion(folder: Pa
         loaded.condition([0], "+Bald")
     with pytest.raises(UsageError, match="classes here: 0 to 1"):
         loaded.condition([0], "", 2)
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"seed": 10**20}, "seed 100000000000000000000; 0 to"),
+        ({"seed": -1}, "seed -1; 0 to"),
+        ({"seed": 2**63 - 1, "count": 2}, "seed 9223372036854775808; 0 to"),
+        ({"count": 0}, "count 0; 1 to"),
+        ({"count": 10**12}, "count 1000000000000; 1 to"),
+        ({"temperature": float("nan")}, "temperature nan; 0 or more"),
+        ({"temperature": -0.5}, "temperature -0.5; 0 or more"),
+        ({"label": 10**20}, "no class"),
+        ({"attributes": "+Smilin"}, "did you mean Smiling"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_by_what_mlflow_serves(
+    folder: Path, params: dict[str, float | str], says: str
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        Sampler(load(folder)).predict(None, params)
 
 
 def test_changed_weights_are_noticed_by_the_golden_pixels(folder: Path) -> None:
