@@ -134,13 +134,13 @@ def closing(summary: Row) -> str:
 
 @contextlib.contextmanager
 def following(total: int) -> Iterator[Report]:
-    """Give a function that shows rows of figures: a bar on a terminal, a line a row elsewhere."""
+    """Give a function that shows rows of figures: a bar on a terminal, a line a row elsewhere; warnings stand aside."""
+    from pipeline.tracking import warned
+
     stream = sys.stdout
-    if not stream.isatty():
-        yield lambda row: print(_line(row, total), file=stream, flush=True)
-        return
-    with _bar(total, stream) as report:
-        yield report
+    plain = contextlib.nullcontext(lambda row: print(_line(row, total), file=stream, flush=True))
+    with _bar(total, stream) if stream.isatty() else plain as show:
+        yield lambda row: warned(row["warning"]) if "warning" in row else show(row)
 
 
 def _line(row: Row, total: int) -> str:

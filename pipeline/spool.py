@@ -83,11 +83,12 @@ class Cursor:
             data = file.read(PORTION)
             return parse_rows(data if b"\n" in data else data + file.readline())
 
-    def left(self) -> int:
-        """How many rows lie behind the cursor."""
+    def left(self, *kinds: str) -> int:
+        """How many rows lie behind the cursor, of some kinds or of all."""
+        marks = [f'"kind":"{kind}"'.encode() for kind in kinds] or [b""]
         with self._path.open("rb") as file:
             file.seek(self._offset)
-            return sum(line.endswith(b"\n") for line in file)
+            return sum(line.endswith(b"\n") and any(mark in line for mark in marks) for line in file)
 
     def advance(self, rows: list[Row]) -> None:
         """Move behind `rows`, the oldest of those pending."""

@@ -3,7 +3,7 @@
 The run folder is the truth and is readable with every server down: `metrics.jsonl` (one row a call of `log`),
 `events.jsonl` (what happened), `samples/` (pictures). MLflow is a copy of it. Training appends a line and goes on; it
 never waits for MLflow and never fails because of it. Both files are bounded (pipeline/spool.py); a full one is said
-once, on standard error.
+once, and so is what was not sent when a run ends.
 
 Exactly once, whatever is killed and whenever:
 
@@ -27,7 +27,7 @@ import secrets
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,16 +61,31 @@ BATCH_METRICS = 900
 RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0)
 """Waits after consecutive failures to reach MLflow; the last repeats."""
 
+Warn = Callable[[str], None]
+
+
+def warned(text: str) -> None:
+    """Say it on standard error, in a line."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
 
 class Tracker:
     """One run as people and MLflow see it; on ranks other than 0 every method does nothing.
 
-    `run` is the run's folder or prefix, `room` the bound of each of its two files in bytes. With an empty `config.uri`
-    only the run folder is written.
+    `run` is the run's folder or prefix, `room` the bound of each of its two files in bytes; `warn` is told what people
+    should know. With an empty `config.uri` only the run folder is written.
     """
 
-    def __init__(self, run: Storage, config: TrackingConfig, name: str, rank: int = 0, room: int = SPOOL_BYTES) -> None:
-        self._run, self._config, self._name, self._active = run, config, name, rank == 0
+    def __init__(
+        self,
+        run: Storage,
+        config: TrackingConfig,
+        name: str,
+        rank: int = 0,
+        room: int = SPOOL_BYTES,
+        warn: Warn = warned,
+    ) -> None:
+        self._run, self._config, self._name, self._active, self._warn = run, config, name, rank == 0, warn
         self._drain: Drain | None = None
         self._full: set[Path] = set()
         if not self._active:
@@ -133,8 +148,11 @@ class Tracker:
         """Send what is left, for at most `timeout` seconds; what remains is sent by the next start of this run."""
         if not self._active:
             return
-        if self._drain is not None and (left := self._drain.finish(status, timeout)):
-            self._events.append({"kind": "unsent", "time": _now(), "rows": left})
+        rows, files = self._drain.finish(status, timeout) if self._drain else (0, 0)
+        if rows or files:
+            self._events.append({"kind": "unsent", "time": _now(), "rows": rows, "files": files})
+            cure = f"the same command again sends them, or: python -m jobs evaluate {self._run.url}"
+            self._warn(f"MLflow may lack {rows} rows of {self._run.where('metrics.jsonl')} and {files} files; {cure}")
         self.sync()
         for spool in (self._metrics, self._events):
             spool.close()
@@ -144,7 +162,7 @@ class Tracker:
     def _append(self, spool: Spool, row: Row) -> None:
         if not spool.append(row) and spool.path not in self._full:
             self._full.add(spool.path)
-            print(f"warning: {spool.path} is full; what follows is not recorded", file=sys.stderr)
+            self._warn(f"{spool.path} is full; what follows is not recorded")
         if self._drain is not None:
             self._drain.wake.set()
 
@@ -174,14 +192,14 @@ class Drain(threading.Thread):
             else:
                 self.wake.wait()
 
-    def finish(self, status: str, timeout: float) -> int:
-        """Ask for a last round, wait for it no longer than `timeout`; returns the rows that could not be sent."""
+    def finish(self, status: str, timeout: float) -> tuple[int, int]:
+        """Ask for a last round, wait for it no longer than `timeout`; returns (rows, files) that were not sent."""
         self._status = status
         self._stop_asked.set()
         self.wake.set()
         self.join(timeout)
         self._abandoned.set()
-        return self._metrics.left()
+        return self._metrics.left(), self._events.left("picture", "artifact")
 
     def _attempt(self, last: bool) -> None:
         try:

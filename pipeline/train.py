@@ -42,7 +42,7 @@ from pipeline.tracking import Tracker, flat_params
 from pipeline.world import World, any_rank, joined, on_all, on_first
 
 Report = Callable[[dict[str, Any]], None]
-"""Told the figures of every status line, or {"event": what happened}, on rank 0."""
+"""Told the figures of every status line, {"event": what happened} or {"warning": what to know}, on rank 0."""
 
 Stop = Callable[[], bool]
 
@@ -64,7 +64,9 @@ def run(
         folder = open_storage(config.storage).sub(config.name)
         owner, tell = owner or secrets.token_hex(8), lambda text: report({"event": text})
         with held(world, folder, lambda: newest_step(folder), owner, config.cluster.lease_s, tell) as token:
-            tracker = Tracker(folder, config.tracking, config.name, world.rank)
+            tracker = Tracker(
+                folder, config.tracking, config.name, world.rank, warn=lambda text: report({"warning": text})
+            )
             try:
                 if world.rank == 0:
                     tracker.event("started", workers=world.size, **origin())

@@ -119,8 +119,9 @@ def refuse_harm(registry: ModelRegistry, name: str, s3: str) -> None:
 
 
 def test_what_an_offline_run_recorded_is_delivered_by_the_next_command(
-    registry: ModelRegistry, stack: RunningStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    registry: ModelRegistry, stack: RunningStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
     assert dataset().exists()
     with hung(stack):
@@ -128,7 +129,9 @@ def test_what_an_offline_run_recorded_is_delivered_by_the_next_command(
         assert train.main([*words, "--cluster.peak-tflops", "0.1"]) == 0
     run = open_storage(str(tmp_path / "runs" / "offline"))
     assert b'"kind":"unsent"' in run.read("events.jsonl")
+    assert f"of {run.where('metrics.jsonl')} and" in capsys.readouterr().err
     assert evaluate.main([run.url]) == 0
+    assert "MLflow may lack" not in capsys.readouterr().err
     run_id = json.loads(run.read("run.json"))["run_id"]
     recorded = [json.loads(line) for line in run.read("metrics.jsonl").splitlines()]
     expected = [row["images"] for row in recorded if "train/bits_per_dim" in row["metrics"]]

@@ -253,13 +253,20 @@ def test_mlflow_unreachable_costs_training_nothing_and_rows_arrive_later(tmp_pat
     assert [step for step, _ in history(uri, only_run(uri), "train/bits_per_dim")] == list(range(101))
 
 
-def test_closing_is_bounded_and_says_what_was_not_sent(tmp_path: Path) -> None:
+def test_closing_is_bounded_and_says_what_was_not_sent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = open_storage(str(tmp_path / "run"))
     tracker = Tracker(run, TrackingConfig(uri="http://127.0.0.1:9"), "alone")
     tracker.start({})
     tracker.log(1, {"train/bits_per_dim": 1.0})
+    tracker.image("t0.70", 1, Image.new("RGB", (4, 4)))
+    tracker.artifact("config.toml")
     tracker.close(timeout=0.2)
-    assert b'"kind":"unsent","rows":1' in run.read("events.jsonl")
+    assert b'"files":2,"kind":"unsent","rows":1' in run.read("events.jsonl")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        f"warning: MLflow may lack 1 rows of {tmp_path}/run/metrics.jsonl and 2 files; the same command again sends "
+        f"them, or: python -m jobs evaluate {tmp_path}/run"
+    )
     assert run.read("metrics.jsonl").startswith(b'{"images":1,"metrics":{"train/bits_per_dim":1.0},"time":')
 
 
