@@ -34,12 +34,13 @@ Prefix = Annotated[str, tyro.conf.arg(metavar="PREFIX")]
 
 def main(argv: Sequence[str]) -> int:
     """Run one of toy, prepare, verify, show."""
-    if argv[:1] == ["prepare"] and any(word.startswith(("http://", "https://")) for word in argv):
+    if argv[:1] == ["prepare"] and any(word.partition("=")[0] == "--address" for word in argv):
         from jobs.cluster.tasks import sent
         from jobs.train import taken
 
-        addresses, words = taken(list(argv), "--address")
-        return sent(addresses[-1], ["data", *words])
+        addresses, words = taken(list(argv), "--address", "an address")
+        if addresses[-1].startswith(("http://", "https://")):
+            return sent(addresses[-1], ["data", *words])
     commands = {"toy": toy, "prepare": prepare, "verify": verify, "show": show}
     return tyro.extras.subcommand_cli_from_dict(
         commands,

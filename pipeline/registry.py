@@ -203,6 +203,8 @@ class ModelRegistry:
         return dict(self.client.get_registered_model(name).aliases)
 
     def _version(self, name: str, version: int) -> ModelVersion:
+        if not 0 < version < 2**31:  # more than its database holds
+            raise UsageError(f"no version {version}", where=f"models:/{name}", cure="1 or more, as MLflow numbers them")
         return self.client.get_model_version(name, str(version))
 
     def _versions(self, name: str, digest: str) -> list[int]:

@@ -34,7 +34,7 @@ from pipeline.model import LoadedModel
 from pipeline.pictures import Target, inspect, load
 from pipeline.sampling import Condition, condition_of, one_thread
 from pipeline.sources.folder import SUFFIXES
-from pipeline.storage import Storage, canonical_json, open_storage
+from pipeline.storage import Storage, canonical_json, open_file, open_storage
 
 UNKNOWN: Condition = (None, None)
 
@@ -189,9 +189,8 @@ def _seed(place: str) -> int:
 
 def _found(place: str) -> list[tuple[Storage, str]]:
     """The picture files of a place: itself, or what lies below it."""
-    home, _, name = place.rstrip("/").rpartition("/")
-    if name.lower().endswith(SUFFIXES):
-        return [(open_storage(home or ("/" if place.startswith("/") else ".")), name)]
+    if place.lower().endswith(SUFFIXES):
+        return [open_file(place)]
     folder = open_storage(place)
     keys = [key for key in sorted(folder.list()) if key.lower().endswith(SUFFIXES)]
     if not keys:

@@ -50,11 +50,11 @@ def decode(model: Model, latents: LatentsFile, /, out: str = "decoded", uri: str
     from pipeline import workbench
     from pipeline.grids import as_picture, grid, png_bytes
     from pipeline.registry import load_model
-    from pipeline.storage import open_storage
+    from pipeline.storage import open_file
 
     loaded = load_model(model, uri)
-    home, _, key = str(latents).rpartition("/")
-    names, found = workbench.read_latents(loaded, open_storage(home or ".").read(key), latents)
+    home, key = open_file(latents)
+    names, found = workbench.read_latents(loaded, home.read(key), latents)
     if dry_run:
         print(f"dry run: would decode {len(names)} pictures to {out}")
         return 0

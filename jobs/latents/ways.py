@@ -40,9 +40,12 @@ def draw(out: str, columns: Sequence[Tensor], titles: Sequence[str], rows: Seque
 
 
 def refuse_other_pictures(out: str) -> None:
-    """UsageError for a file that is neither a PNG nor a GIF."""
+    """UsageError for a file that is neither a PNG nor a GIF, or at no address."""
+    from pipeline.storage import open_file
+
     if not out.endswith((".png", ".gif")):
         raise UsageError(f"{out} is neither .png nor .gif", cure="name the picture so")
+    open_file(out)
 
 
 def write_picture(out: str, frames: Sequence[Image], what: str) -> None:
@@ -55,7 +58,7 @@ def write_picture(out: str, frames: Sequence[Image], what: str) -> None:
 
 def write(out: str, data: bytes) -> None:
     """Write a file, here or at an s3:// address, so that it is there whole or not at all."""
-    from pipeline.storage import open_storage
+    from pipeline.storage import open_file
 
-    home, _, key = out.rpartition("/")
-    open_storage(home or ("/" if out.startswith("/") else ".")).write(key, data)
+    home, key = open_file(out)
+    home.write(key, data)

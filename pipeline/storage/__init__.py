@@ -26,6 +26,7 @@ __all__ = [
     "checked_endpoint",
     "checked_key",
     "make_bucket",
+    "open_file",
     "open_storage",
     "parse_json",
     "room_for",
@@ -48,3 +49,12 @@ def open_storage(url: str) -> Storage:
         return Bucket("s3://" + "/".join(part for part in rest.split("/") if part))
     shown = f"{scheme}://..." if any(mark in rest for mark in "@?:") else url
     raise UsageError("not a storage address", where=shown, cure="give a folder, file:///folder or s3://bucket/prefix")
+
+
+def open_file(url: str) -> tuple[Storage, str]:
+    """(the storage a file lies in, its key there) of a path or an address; UsageError for what names no file."""
+    folder, slash, key = url.rpartition("/")
+    storage = open_storage(folder + slash if slash else ".")
+    if not key or key.startswith("."):
+        raise UsageError("not a file", where=url, cure="name one")
+    return storage, key

@@ -144,6 +144,13 @@ def test_models_pictures_and_latents_may_lie_on_s3(s3: str, model: str, pictures
         (["edit", "PICTURES", "--attributes", "Smilin"], "did you mean Smiling"),
         (["interpolate", "PICTURES", "seed:1"], "4 pictures; two: one"),
         (["sweep", "seed:1", "--out", "sweep.bmp"], "sweep.bmp is neither .png nor .gif"),
+        (["sample", "--out", "s3://sample.png"], "s3://: not a storage address"),
+        (["sample", "--out", "s3://sample.png", "--dry-run"], "s3://: not a storage address"),
+        (["encode", "seed:1", "--out", "s3://latents"], "s3://: not a storage address"),
+        (["decode", "s3://latents"], "s3://: not a storage address"),
+        (["score", "s3://a.png"], "s3://: not a storage address"),
+        (["score", "seed:1", "--out", "s3://scores.json"], "s3://: not a storage address"),
+        (["score", "seed:1", "--out", "scores/"], "scores/: not a file"),
     ],
 )
 def test_a_mistake_is_refused_and_nothing_is_written(

@@ -111,6 +111,14 @@ def test_an_artifact_that_would_run_other_code_is_refused(registry: ModelRegistr
         assert re.search(r"MLmodel|does not belong", caught.value.what)
 
 
+@pytest.mark.parametrize("version", [10**22, 2**31, 0, -1])
+def test_a_number_that_no_version_has_is_a_usage_error(registry: ModelRegistry, version: int) -> None:
+    for ask in (registry.tags, registry.load):
+        with pytest.raises(UsageError, match=f"no version {version}; 1 or more") as refusal:
+            ask("faces", version)
+        assert refusal.value.where == "models:/faces"
+
+
 def test_a_version_nobody_registered_here_is_refused(registry: ModelRegistry, tmp_path: Path) -> None:
     register(registry, tmp_path / "m")
     source = registry.client.get_model_version("faces", "1").source
