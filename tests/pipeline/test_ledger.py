@@ -64,7 +64,7 @@ def test_the_gates_are_a_table_whatever_their_details_say() -> None:
     text = dataclasses.replace(ENTRY, sequence=4, gates=gates, forced=("round_trip",), reason="to see").markdown()
     assert "Entry 4 of the ledger: champion since 2026-11-22T15:00:00+00:00, by ada@host, because: to see." in text
     assert "Overruled: round_trip." in text
-    assert text.endswith("| round_trip | failed | 1 | 0.001 | max \\|x - y\\| |")
+    assert text.endswith("| round_trip&ensp; | failed&ensp; | 1&ensp; | 0.001&ensp; | max \\|x - y\\| |")
 
 
 @pytest.mark.parametrize("harm", ["changed", "removed", "swapped", "foreign"])
