@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -23,7 +24,7 @@ from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError, ConflictError, RemoteError, UsageError, redact
 from pipeline.scratch import scratch
 from pipeline.spool import Row
-from pipeline.storage import canonical_json
+from pipeline.storage import canonical_json, sha256_hex
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +36,9 @@ SMALL = "+compressed.webp"
 
 SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 """How addresses begin at which MLflow keeps runs and models."""
+
+BATCH_METRICS, NAME_LENGTH = 900, 250
+"""Metrics of one log_batch, of which MLflow refuses more than 1000, and characters of a metric's name."""
 
 PATIENCE = 5.0
 """Seconds an MLflow may take to say that it is there, before a run is begun."""
@@ -76,11 +80,14 @@ class MlflowRun:
         from mlflow.entities import Metric, RunTag
 
         metrics = [
-            Metric(key, value, row["time"], row["images"])
+            Metric(name, value, row["time"], row["images"])
             for row in rows
             for key, value in row["metrics"].items()
-            if row["images"] > self._last.get(key, -1)
+            if row["images"] > self._last.get(name := metric_name(key), -1)
         ]
+        while len(metrics) > BATCH_METRICS:  # one row of more classes than a call takes
+            self.client.log_batch(self.run_id, metrics=metrics[:BATCH_METRICS])
+            metrics = metrics[BATCH_METRICS:]
         self.client.log_batch(self.run_id, metrics=metrics, tags=[RunTag("spool.rows", str(count))])
         if not self._guest and not _watching():  # MLflow's own thread gives up at the first call that fails
             self._monitor = _system_metrics(self.run_id, self._uri)
@@ -144,6 +151,14 @@ class MlflowRun:
         tags = [InputTag("mlflow.data.context", "training"), InputTag("digest", digest)]
         self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)])
         self.client.set_tag(self.run_id, "data.digest", digest)
+
+
+def metric_name(key: str) -> str:
+    """The name of a metric in MLflow: its own, or where MLflow takes that for none (a class may be called anything) one
+    without the odd characters and with a digest, so that two stay two."""
+    parts = re.sub(r"[^\w/. :-]", "_", key).split("/")
+    name = "/".join(part for part in parts if part not in ("", ".", ".."))
+    return key if name == key and len(key) <= NAME_LENGTH else f"{name[:200]}-{sha256_hex(key.encode())[:8]}"
 
 
 def connect(uri: str) -> MlflowClient:

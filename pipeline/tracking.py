@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config import TrackingConfig, TrainConfig
 from pipeline.errors import ConflictError, redact
-from pipeline.mlflow_run import Description, MlflowRun
+from pipeline.mlflow_run import BATCH_METRICS, Description, MlflowRun
 from pipeline.scratch import scratch
 from pipeline.spool import SPOOL_BYTES, Cursor, Row, Spool, last_positions
-from pipeline.storage import Storage, canonical_json
+from pipeline.storage import MissingError, Storage, canonical_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,8 +55,8 @@ PARAMS = (
 )
 """Parts of a configuration that become MLflow params: nothing that can hold an address or a secret."""
 
-BATCH_METRICS = 900
-"""Metrics of one log_batch; MLflow refuses more than 1000."""
+FILES = ("picture", "artifact")
+"""Kinds of events that bring a file of the run folder."""
 
 RETRY_SECONDS = (1.0, 2.0, 5.0, 15.0, 30.0)
 """Waits after consecutive failures to reach MLflow; the last repeats."""
@@ -199,7 +199,7 @@ class Drain(threading.Thread):
         self.wake.set()
         self.join(timeout)
         self._abandoned.set()
-        return self._metrics.left(), self._events.left("picture", "artifact")
+        return self._metrics.left(), self._events.left(*FILES)
 
     def _attempt(self, last: bool) -> None:
         try:
@@ -224,11 +224,17 @@ class Drain(threading.Thread):
             self._metrics.advance(rows)
         while events := self._events.pending():
             for event in events:
-                if event["kind"] == "picture":
-                    target.show(event, self._run.read(event["file"]))
-                elif event["kind"] == "artifact":
-                    target.upload(event["file"], self._run.read(event["file"]))
+                if event["kind"] in FILES:
+                    self._carry(target, event)
                 self._events.advance([event])
+
+    def _carry(self, target: MlflowRun, event: Row) -> None:
+        try:
+            data = self._run.read(event["file"])
+        except MissingError:  # somebody tidied up; what follows is to arrive all the same
+            self._log.append({"kind": "file gone", "time": _now(), "file": event["file"]})
+            return
+        target.show(event, data) if event["kind"] == "picture" else target.upload(event["file"], data)
 
 
 def run_key(run: Storage) -> str:

@@ -122,6 +122,43 @@ def test_a_run_is_recorded_with_params_inputs_pictures_and_artifacts(tmp_path: P
     ]
 
 
+def test_no_name_and_no_number_of_classes_keeps_other_rows_from_mlflow(tmp_path: Path) -> None:
+    uri = fresh_database(tmp_path)
+    odd = ["tench, Tinca tinca", "tench; Tinca tinca", "a(b)", "50%", "../up", "a//b", "it's", "x" * 300, "é:", "\0"]
+    names = ["plain", *odd]
+    tracker = Tracker(open_storage(str(tmp_path / "run")), TrackingConfig(uri=uri), "odd")
+    tracker.start({})
+    tracker.log(8, {f"val/bpd_class/{name}": index for index, name in enumerate(names)})
+    tracker.log(8, {f"val/bpd_class/{number}": number for number in range(1100)})
+    tracker.log(16, {"train/bits_per_dim": 1.0, "val/bpd_class/tench, Tinca tinca": 0.5})
+    tracker.close(timeout=60)
+
+    run_id = only_run(uri)
+    assert history(uri, run_id, "train/bits_per_dim") == [(16, 1.0)]
+    kept = connect(uri).get_run(run_id).data.metrics
+    assert len([name for name in kept if not name.startswith("system/")]) == len(names) + 1100 + 1
+    assert kept["val/bpd_class/plain"] == 0
+    (tench,) = [name for name in kept if "tench_ Tinca tinca" in name and kept[name] == 0.5]
+    assert history(uri, run_id, tench) == [(8, 1.0), (16, 0.5)]
+
+
+def test_a_file_that_somebody_removed_keeps_nothing_else_from_mlflow(tmp_path: Path) -> None:
+    uri, run = fresh_database(tmp_path), open_storage(str(tmp_path / "run"))
+    tracker = Tracker(run, TrackingConfig(uri=uri), "tidied")
+    tracker.image("t0.70", 8, Image.new("RGB", (4, 4)))
+    tracker.artifact("never.html")
+    run.write("eval/val.html", b"<p>")
+    tracker.artifact("eval/val.html")
+    run.remove("samples/images-00000008-t0.70.png")
+    tracker.start({})
+    tracker.close(timeout=60)
+
+    client, run_id = connect(uri), only_run(uri)
+    assert [file.path for file in client.list_artifacts(run_id, "eval")] == ["eval/val.html"]
+    assert client.get_run(run_id).info.status == "FINISHED"
+    assert run.read("events.jsonl").count(b'"kind":"file gone"') == 2
+
+
 def test_who_only_adds_to_a_run_leaves_its_state_and_its_times(tmp_path: Path) -> None:
     """An evaluation beside the training, and one after it."""
     uri = fresh_database(tmp_path)
