@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,7 +24,8 @@ from pipeline.manifest import Manifest
 from pipeline.model import ModelConfig, weights_of, write_model
 from pipeline.model_card import model_card
 from pipeline.order import Sequential
-from pipeline.recipe import recipe_of
+from pipeline.origin import origin
+from pipeline.recipe import Attempt
 from pipeline.report import kept_review
 from pipeline.sampling import Condition, one_thread
 from pipeline.scratch import scratch
@@ -48,6 +46,8 @@ class TrainedRun:
     step: int
     images: int
     tensors: Mapping[str, Tensor] = field(repr=False)
+    attempts: list[Attempt] = field(default_factory=list[Attempt], repr=False)
+    """By what it learned, from its first image on (pipeline/recipe.py)."""
 
     def model(self, weights: str = "ema") -> Flow:
         """The model with its averaged ("ema") or last ("raw") weights."""
@@ -73,7 +73,8 @@ def read_run(run: Storage) -> TrainedRun:
     loaded = load_latest(run, World(), accepting(fingerprint(config, digest), decisive(config, digest)))
     if loaded is None:
         raise UsageError("no checkpoint yet", where=run.url, cure="train it first, or for longer")
-    return TrainedRun(storage=run, config=config, step=loaded.step, images=loaded.images, tensors=loaded.tensors)
+    found = {"step": loaded.step, "images": loaded.images, "attempts": loaded.state.get("attempts", [])}
+    return TrainedRun(storage=run, config=config, tensors=loaded.tensors, **found)
 
 
 def natural_stream(manifest: Manifest, split: str, data: DataConfig) -> Stream:
@@ -151,39 +152,15 @@ def example_conditions(stream: Stream, inputs: Examples) -> Condition:
 
 def lineage_of(run: TrainedRun, manifest: Manifest) -> dict[str, Any]:
     """Where a model comes from: names, places and times, none of which the artifact digest depends on."""
-    commit, changed = revision()
     return {
-        "schema": 1,
+        "schema": 2,
         "run": run.storage.url,
         "name": run.config.name,
         "fingerprint": fingerprint(run.config, manifest.digest),
         "step": run.step,
         "images": run.images,
         "data": {"prefix": manifest.storage.url, "digest": manifest.digest, "split": run.config.data.train},
-        "recipe": recipe_of(run.config),
-        "commit": commit,
-        "dirty": changed,
-        "python": platform.python_version(),
-        **decoder(),
+        "attempts": run.attempts,
+        "export": origin() | decoder(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def revision() -> tuple[str, bool]:
-    """(commit of the program's source, whether it was changed since): as git says, else as GLOW_REVISION does.
-
-    An image and a cluster's nodes have no git; there it is COMMIT or COMMIT-dirty.
-    """
-    if commit := _git("rev-parse", "HEAD"):
-        return commit, bool(_git("status", "--porcelain"))
-    told = os.environ.get("GLOW_REVISION", "")
-    return told.removesuffix("-dirty"), told.endswith("-dirty")
-
-
-def _git(*arguments: str) -> str:
-    """What git says about the program's source; empty where it is not in a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

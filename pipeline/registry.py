@@ -20,6 +20,7 @@ from pipeline.ledger import Ledger
 from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, found_or_made, translated
 from pipeline.model import LoadedModel, read_model
 from pipeline.pyfunc import FOLDER, refuse_foreign, save_pyfunc
+from pipeline.recipe import known_of
 from pipeline.retention import pin
 from pipeline.scratch import scratch
 from pipeline.storage import Storage, open_storage
@@ -100,9 +101,9 @@ class ModelRegistry:
         folder = run.sub("model")
         lineage = json.loads(folder.read("lineage.json"))
         pin(run, lineage["step"])
-        data = {f"data.{key}": value for key, value in lineage.pop("data").items()}
-        known = lineage | data | {RUN_TAG: run.url}
-        tags = {key: str(value) for key, value in known.items() if value != "" and key != "recipe"}
+        data = {f"data.{key}": value for key, value in lineage["data"].items()}
+        known = known_of(lineage) | data | {RUN_TAG: run.url}
+        tags = {key: str(value) for key, value in known.items() if value != ""}
         with translated(self.uri), scratch() as local:
             run_id, made = found_or_made(self.client, tracking, lineage["name"], run_key(run))
             for file in folder.list():

@@ -26,6 +26,7 @@ from pipeline.manifest import Manifest, open_manifest
 from pipeline.model import LoadedModel, weights_of
 from pipeline.neighbours import Neighbours, nearest
 from pipeline.page import as_html
+from pipeline.recipe import known_of
 from pipeline.registry import load_model
 from pipeline.report import Picture, Report, as_json, loss_curves
 from pipeline.sampling import Condition, sample
@@ -65,8 +66,9 @@ def open_subject(target: str, data: str = "", uri: str = "") -> Subject:
     config = replace(run.config, data=replace(run.config.data, prefix=data or run.config.data.prefix))
     manifest = open_manifest(open_storage(config.data.prefix))
     _refuse_unfit(config.model, manifest)
-    found = lineage_of(run, manifest)
-    lineage = {key: str(found[key]) for key in ("run", "step", "images", "fingerprint", "commit", "torch", "time")}
+    found = known_of(lineage_of(run, manifest))
+    told = ("run", "step", "images", "fingerprint", "commit", "torch", "time")
+    lineage = {key: str(found[key]) for key in told if key in found}
     return Subject(
         title=run.config.name,
         config=config,

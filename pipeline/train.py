@@ -25,15 +25,15 @@ from pipeline.checkpoint import accepting, load_latest, newest_step
 from pipeline.config import TrainConfig, refuse_impossible, write_config
 from pipeline.errors import ConfigError, DataError, DivergedError, interruption
 from pipeline.evaluate import validation_bits
-from pipeline.export import revision
 from pipeline.fingerprint import decisive, fingerprint
 from pipeline.grids import training_grid
 from pipeline.learner import Examples, Learner
 from pipeline.lease import held
 from pipeline.manifest import Manifest, open_manifest
 from pipeline.order import Order, Sequential
+from pipeline.origin import origin
 from pipeline.pace import Pace
-from pipeline.recipe import code_digest
+from pipeline.recipe import attempts_of
 from pipeline.saver import Saver
 from pipeline.storage import open_storage
 from pipeline.stream import Stream
@@ -69,7 +69,7 @@ def run(
             )
             try:
                 if world.rank == 0:
-                    tracker.event("started", workers=world.size, **origin())
+                    tracker.event("started", workers=world.size, torch=str(torch.__version__), **origin())
                 return train_twice(config, manifest, world, tracker, report, stop, token)
             except BaseException as error:
                 tracker.event("stopped", reason=f"{type(error).__name__}: {error}")
@@ -79,12 +79,6 @@ def run(
 
 IGNORABLE = {"classes": (-1,), "attributes": (-1,)}
 """What a model may leave aside of its data, and how its settings say so; that stays, so that they may be read again."""
-
-
-def origin() -> dict[str, Any]:
-    """What is trained with here: commit and digest of the code, and torch."""
-    commit, changed = revision()
-    return {"commit": commit, "dirty": changed, "code": code_digest(), "torch": str(torch.__version__)}
 
 
 def resolved(config: TrainConfig, manifest: Manifest) -> TrainConfig:
@@ -145,6 +139,7 @@ def train(
     learner = Learner(config, world, examples := Examples(config, manifest, world.device))
     accepted = accepting(identity, settings, config.allow_change)
     loaded = load_latest(folder, world, accepted, on_event=lambda text: tracker.event("checkpoint", text=text))
+    kept = {"settings": settings, "attempts": attempts_of(config, world, loaded)}
     keep_config = functools.partial(folder.write, "config.toml", write_config(for_next_time(config)).encode())
     if loaded is None or loaded.made_with(settings):
         on_first(world, keep_config)
@@ -189,7 +184,7 @@ def train(
                 saver.advance()
             if saving:
                 owed = False
-                saver.begin(learner.step, learner.images, learner.tensors(), learner.state() | {"settings": settings})
+                saver.begin(learner.step, learner.images, learner.tensors(), learner.state() | kept)
             if last or stopping:
                 saver.finish()
             if speaking and world.rank == 0:

@@ -21,6 +21,7 @@ from pipeline.config import TrainConfig, refuse_impossible, write_config
 from pipeline.errors import ConfigError, ConflictError, redact
 from pipeline.manifest import open_manifest
 from pipeline.mlflow_run import refuse_silent
+from pipeline.origin import JOB, REVISION, revision
 from pipeline.scratch import scratch
 from pipeline.storage import Storage, canonical_json, open_storage, sha256_file, sha256_hex
 
@@ -35,8 +36,6 @@ ENTRYPOINT = f"exec python -m jobs train {CONFIG}"
 def submitted(client: Client, config: TrainConfig) -> str:
     """Send a run to the cluster as its next attempt; the submission's id, RUN-ATTEMPT."""
     config = prepared(config)
-    from pipeline.export import revision  # after what may be refused: it brings all of torch
-
     run = open_storage(config.storage).sub(config.name)
     refuse_second(client, config.name, run.url)
     with scratch() as folder:
@@ -46,7 +45,7 @@ def submitted(client: Client, config: TrainConfig) -> str:
         job = claim(run, config.name, {"code": code, "config": sha256_hex(text.encode()), "cluster": client.address})
         metadata = {"run": config.name, "url": run.url, "code": code}
         commit, changed = revision()
-        environment = {"GLOW_REVISION": f"{commit}-dirty" if changed else commit}  # the package has no git
+        environment = {REVISION: f"{commit}-dirty" if changed else commit, JOB: job}  # the package has no git
         packed = {"working_dir": str(folder), "env_vars": environment}
         send(client, job, entrypoint=ENTRYPOINT, metadata=metadata, runtime_env=packed)
     return job

@@ -47,7 +47,8 @@ def test_a_run_becomes_champion(uri: str, tmp_path: Path, capsys: pytest.Capture
     tags = registry.tags("faces", 1)
     assert tags["data.prefix"] == str(trained().data)
     assert tags["data.digest"] == loaded.config.data["digest"]
-    assert {"commit", "step", "images", "fingerprint", "glow.run", "glow.digest"} <= set(tags)
+    assert {"step", "images", "fingerprint", "glow.run", "glow.digest"} <= set(tags)
+    assert {"code", "commit", "dirty", "device", "packages", "processor", "torch"} <= set(tags)
     assert pinned(open_storage(str(run))) == {int(tags["step"])}, "its checkpoint stays"
     (entry,) = registry.ledger("faces").entries()
     assert (entry.reason, entry.digest) == ("first", loaded.digest)

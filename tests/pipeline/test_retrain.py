@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs import models
-from pipeline.errors import ConfigError, DataError
+from pipeline.checkpoint import newest_step
+from pipeline.config import TrainConfig
+from pipeline.errors import ConfigError, DataError, Interrupted
 from pipeline.export import export_model, read_run
 from pipeline.manifest import open_manifest
+from pipeline.model import read_model
 from pipeline.storage import canonical_json, open_storage
+from pipeline.train import run
 from tests.pipeline.trained import copy_of_run, trained
 
 Change = Callable[[dict[str, Any]], None]
@@ -34,19 +43,69 @@ def change(model: Path, edit: Change) -> None:
     (model / "lineage.json").write_bytes(canonical_json(lineage))
 
 
+def learned(**changes: str) -> Change:
+    """Another last attempt."""
+    return lambda lineage: lineage["attempts"][-1].update(changes)
+
+
+def told(*path: str, **changes: object) -> Change:
+    """Other settings of the last attempt, under `path`."""
+    return lambda lineage: functools.reduce(getitem, path, lineage["attempts"][-1]["config"]).update(changes)
+
+
 def test_the_lineage_alone_comes_to_the_same_artifact(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert models.main(["verify", str(model), "--retrain"]) == 0
     first, *_, last = capsys.readouterr().out.splitlines()
     assert last == f"trained again: artifact {first.split()[1].rstrip(':')}, bit-equal"
 
 
-def test_a_model_taken_before_its_schedule_ended_is_trained_that_far(model: Path) -> None:
-    change(model, lambda lineage: lineage["recipe"]["config"]["schedule"].update(images=960))
+def taught(folder: Path, images: int, schedule: int = 96, **optim: Any) -> TrainConfig:
+    """Train the tiny run's settings in another folder until `images`, of `schedule`; going on where it stands."""
+    base = read_run(open_storage(str(trained().run))).config
+    changed = replace(base.optim, **optim)
+    config = replace(base, storage=str(folder), optim=changed, schedule=replace(base.schedule, images=schedule))
+    config = replace(config, allow_change=tuple(f"optim.{name}" for name in optim))
+    batches = itertools.count(1)
+    started = newest_step(open_storage(str(folder)).sub(config.name))
+    with contextlib.suppress(Interrupted):
+        run(config, stop=lambda: next(batches) == images // config.schedule.batch - started)
+    return config
+
+
+def exported(folder: Path, config: TrainConfig) -> Path:
+    """The model of a run that is gone."""
+    found = open_storage(str(folder)).sub(config.name)
+    export_model(read_run(found), open_manifest(open_storage(str(trained().data))))
+    return Path(shutil.move(folder / config.name / "model", folder / "model"))
+
+
+def test_a_model_taken_before_its_schedule_ended_is_trained_that_far(tmp_path: Path) -> None:
+    model = exported(tmp_path, taught(tmp_path, 64, decay="cosine"))
+    assert read_model(open_storage(str(model))).lineage["images"] == 64
     assert models.main(["verify", str(model), "--retrain"]) == 0
 
 
+def test_a_run_of_several_jobs_and_a_longer_schedule_is_one_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job, images in (("faces-1", 48), ("faces-2", 80)):
+        monkeypatch.setenv("GLOW_JOB", job)
+        config = taught(tmp_path, images, schedule=images)
+    model = exported(tmp_path, config)
+    attempts = json.loads((model / "lineage.json").read_bytes())["attempts"]
+    assert [(attempt["job"], attempt["images"]) for attempt in attempts] == [("faces-1", 0), ("faces-2", 48)]
+    assert models.main(["verify", str(model), "--retrain"]) == 0
+
+
+def test_what_changed_on_the_way_is_named_before_anything_is_trained(tmp_path: Path) -> None:
+    taught(tmp_path, 48)
+    model = exported(tmp_path, taught(tmp_path, 80, lr=1e-3))
+    with pytest.raises(ConfigError, match=r"from image 48 on optim\.lr was 0\.002 and is 0\.001"):
+        models.main(["verify", str(model), "--retrain"])
+
+
 def test_another_seed_is_another_model(model: Path) -> None:
-    change(model, lambda lineage: lineage["recipe"]["config"].update(seed=1))
+    change(model, told(seed=1))
     with pytest.raises(DataError, match=r"trained again it comes to artifact .*weights\.safetensors differ"):
         models.main(["verify", str(model), "--retrain"])
 
@@ -65,17 +124,18 @@ def test_a_dataset_that_moved_is_named(model: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        (lambda lineage: lineage.pop("recipe"), "holds no recipe"),
-        (lambda lineage: lineage["recipe"].update(algorithm=1), r"ALGORITHM_VERSION 1, here is \d.*git checkout"),
-        (lambda lineage: lineage["recipe"].update(code="0" * 64), "learned with code 000000000000, here is"),
-        (lambda lineage: lineage.update(torch="1.0.0"), r"torch 1\.0\.0, here is .*pip install torch==1\.0\.0"),
-        (lambda lineage: lineage.update(processor="mips"), "processor mips, here is"),
-        (lambda lineage: lineage["recipe"]["config"]["schedule"].update(reduction="overlap"), "rounding"),
-        (lambda lineage: lineage["recipe"]["config"]["memory"].update(anchor_every="plan"), "memory that was free"),
-        (lambda lineage: lineage["recipe"]["config"]["cluster"].update(gpu=True), "on GPUs"),
-        (lambda lineage: lineage["recipe"]["config"].update(sead=1), "no setting sead; did you mean seed"),
+        (lambda lineage: lineage.pop("attempts"), "does not say by what all of it was learned"),
+        (lambda lineage: lineage["attempts"].insert(0, {}), "does not say by what all of it was learned"),
+        (learned(code="0" * 64), "learned with code 000000000000, here is .*git checkout"),
+        (learned(torch="1.0.0"), r"torch 1\.0\.0, here is .*pip install torch==1\.0\.0"),
+        (learned(processor="mips"), "learned with processor mips, here is"),
+        (lambda lineage: lineage["export"].update(code="0" * 64), "exported with code 000000000000, here is"),
+        (told("schedule", reduction="overlap"), "rounding"),
+        (told("memory", anchor_every="plan"), "memory that was free"),
+        (told("cluster", gpu=True), "on GPUs"),
+        (told(sead=1), "no setting sead; did you mean seed"),
     ],
-    ids=["recipe", "algorithm", "code", "torch", "processor", "overlap", "plan", "gpu", "unknown"],
+    ids=["none", "older", "code", "torch", "processor", "export", "overlap", "plan", "gpu", "unknown"],
 )
 def test_what_cannot_come_to_the_same_bits_is_refused(model: Path, edit: Change, said: str) -> None:
     change(model, edit)

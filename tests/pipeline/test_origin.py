@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from jobs.cluster.submission import pack
-from pipeline.export import revision
+from pipeline.origin import revision
 
 COMMIT = "d41d8cd98f00b204e9800998ecf8427e00000000"
 
 
 PROGRAM = """
 import os, sys
-from pipeline.export import revision
+from pipeline.origin import revision
 for told in sys.argv[1:]:
     os.environ["GLOW_REVISION"] = told
     print(revision())
