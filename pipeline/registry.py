@@ -20,8 +20,6 @@ from pipeline.ledger import Ledger
 from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, found_or_made, translated
 from pipeline.model import LoadedModel, read_model
 from pipeline.pyfunc import FOLDER, refuse_foreign, save_pyfunc
-from pipeline.recipe import known_of
-from pipeline.retention import pin
 from pipeline.scratch import scratch
 from pipeline.storage import Storage, open_storage
 from pipeline.tracking import run_key
@@ -97,6 +95,9 @@ class ModelRegistry:
         MLflow numbers versions one by one but makes runs side by side: of several who made one for a run it did not
         know, those whose version did not stay remove theirs.
         """
+        from pipeline.recipe import known_of  # these two know how runs are trained; whoever loads a model need not
+        from pipeline.retention import pin
+
         tracking = replace(tracking, uri=self.uri)
         folder = run.sub("model")
         lineage = json.loads(folder.read("lineage.json"))

@@ -220,7 +220,8 @@ class Absent:
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
-BLOCKED = {"ray", "mlflow", "s3fs", "fsspec", "boto3", "botocore", "webdataset", "tyro", "rich", "pandas", "yaml"}
+BLOCKED = {"ray", "mlflow", "s3fs", "fsspec", "boto3", "botocore", "webdataset", "tyro", "rich", "pandas", "yaml",
+           "psutil", "scipy", "skimage", "pyarrow", "torchvision"}
 sys.meta_path.insert(0, Absent())
 from pipeline.golden import verify_model
 from pipeline.registry import load_model
