@@ -107,10 +107,7 @@ def reconcile(registry: ModelRegistry, name: str, ledger: Ledger) -> None:
     """
     seen: list[Entry] | None = None
     while (entries := ledger.entries()) != seen:
-        last, there = {entry.alias: entry for entry in entries}, registry.versions(name)
-        standing = {alias: entry for alias, entry in last.items() if entry.version in there}
-        for alias in sorted(last.keys() - standing):
-            log.warning("models:/%s@%s: version %s is gone from MLflow", name, alias, last[alias].version)
+        standing = _standing(registry, name, entries)
         registry.set_aliases(name, {alias: entry.version for alias, entry in standing.items()})
         for entry in standing.values():
             registry.describe(name, entry.version, entry.markdown())
@@ -122,17 +119,26 @@ def verify_ledger(registry: ModelRegistry, name: str, known: Mapping[str, str]) 
 
     `known`: digests of artifacts that were read, by alias or version; of the others the versions' tags are compared.
     """
-    entries, where = registry.ledger(name).entries(), f"models:/{name}"
-    for alias, entry in sorted({entry.alias: entry for entry in entries}.items()):
-        found = registry.resolve(name, alias)
+    entries, where, aliases = registry.ledger(name).entries(), f"models:/{name}", registry.aliases(name)
+    for alias, entry in sorted(_standing(registry, name, entries).items()):
+        found = aliases.get(alias, 0)
         if entry.version != found:
-            cure = "the next promotion or rollback puts it right"
-            raise DataError(f"{alias} is version {found}, the ledger says {entry.version}", where=where, cure=cure)
+            what = f"{alias} is {f'version {found}' if found else 'no version'}, the ledger says {entry.version}"
+            raise DataError(what, where=where, cure="the next promotion or rollback puts it right")
         digest = known.get(alias) or known.get(str(found)) or registry.tags(name, found).get(DIGEST_TAG, "")
         if entry.digest != digest:
             what = f"{alias}, version {found}, is artifact {digest[:12]}, the ledger says {entry.digest[:12]}"
             raise DataError(what, where=where, cure="somebody changed the version: register the model again")
     return len(entries)
+
+
+def _standing(registry: ModelRegistry, name: str, entries: Sequence[Entry]) -> dict[str, Entry]:
+    """The last entry of every alias whose version MLflow still has; of the others it is said that it has not."""
+    last, there = {entry.alias: entry for entry in entries}, registry.versions(name)
+    for alias, entry in sorted(last.items()):
+        if entry.version not in there:
+            log.warning("models:/%s@%s: version %s is gone from MLflow", name, alias, entry.version)
+    return {alias: entry for alias, entry in last.items() if entry.version in there}
 
 
 def _opened(registry: ModelRegistry, request: Request) -> tuple[Ledger, list[Entry]]:

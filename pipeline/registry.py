@@ -154,10 +154,15 @@ class ModelRegistry:
             tagged = self.client.get_registered_model(name).tags.get(LEDGER_TAG, "")
         return Ledger(open_storage(tagged or self._default_prefix()), name)
 
+    def aliases(self, name: str) -> dict[str, int]:
+        """The versions that aliases stand for in MLflow."""
+        with translated(self.uri):
+            return {alias: int(version) for alias, version in self.client.get_registered_model(name).aliases.items()}
+
     def set_aliases(self, name: str, versions: Mapping[str, int]) -> None:
         """Let aliases stand for versions, where they do not already."""
+        there = self.aliases(name)
         with translated(self.uri):
-            there = {alias: int(version) for alias, version in self._aliases(name).items()}
             for alias, version in versions.items():
                 if there.get(alias) != version:
                     self.client.set_registered_model_alias(name, alias, str(version))
@@ -200,9 +205,6 @@ class ModelRegistry:
         if storage.local and storage.local.is_file():
             raise UsageError("a file", where=storage.url, cure="give --registry with a folder or an s3:// prefix")
         return storage.url
-
-    def _aliases(self, name: str) -> dict[str, str]:
-        return dict(self.client.get_registered_model(name).aliases)
 
     def _version(self, name: str, version: int) -> ModelVersion:
         if not 0 < version < 2**31:  # more than its database holds

@@ -16,7 +16,7 @@ from pipeline.comparison import compare
 from pipeline.errors import ConfigError, ConflictError, DataError, GateError, UsageError
 from pipeline.gates import Evidence, Limits, judge, read_limits
 from pipeline.model import LoadedModel
-from pipeline.promotion import Request, rollback
+from pipeline.promotion import Request, rollback, verify_ledger
 from pipeline.registry import ModelRegistry, load_model
 from tests.mlflow_db import MLFLOW_NOISE, fresh_database
 from tests.pipeline.models import write_tiny
@@ -98,8 +98,13 @@ def test_a_version_deleted_in_mlflow_does_not_hold_up_the_other_aliases(
     promoted(registry, 3, saying(2.0, 2.1))
     assert registry.resolve("faces", "champion") == 3
     assert "models:/faces@staging: version 1 is gone from MLflow" in caplog.text
+    assert verify_ledger(registry, "faces", {}) == 3
+    registry.client.delete_registered_model_alias("faces", "champion")
+    with pytest.raises(DataError, match="champion is no version, the ledger says 3; the next promotion"):
+        verify_ledger(registry, "faces", {})
     assert rollback(registry, Request(name="faces", version=0)).entry is not None
     assert registry.resolve("faces", "champion") == 2
+    assert verify_ledger(registry, "faces", {}) == 4
 
 
 def test_a_promotion_overtaken_during_its_gates_loses(registry: ModelRegistry, tmp_path: Path) -> None:
