@@ -205,4 +205,6 @@ def test_a_job_whose_head_is_lost_is_submitted_again(s3: str, tmp_path: Path) ->
         said, _ = stop.communicate(timeout=HANG)
         code, last = second.end()
         assert (stop.returncode, code) == (0, 143), (said, second.lines)
+    attempts = read_run(open_storage(f"{runs}/moved")).attempts
+    assert [attempt["job"] for attempt in attempts] == ["moved-1", "moved-2"]
     assert_learned_as_one_process_does(f"{runs}/moved", stopped_at(last), tmp_path)

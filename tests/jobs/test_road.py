@@ -36,6 +36,11 @@ SUBMIT = [
 ]  # fmt: skip
 
 
+ATTEMPTS = """from pipeline.export import read_run
+from pipeline.storage import open_storage
+print(*(attempt["job"] for attempt in read_run(open_storage("s3://glow/runs/faces")).attempts))"""
+
+
 @dataclass
 class Walker:
     """Somebody who types commands, with a home and a temporary folder of their own."""
@@ -99,6 +104,7 @@ def test_the_whole_system_as_the_readme_says(walker: Walker, capsys: pytest.Capt
             stack = open_stack(walker.place / "stack")
             assert stack
             refuse_secrets(RunningStack(stack=stack), "faces")
+            assert walker.type(f"python -c '{ATTEMPTS}'") == (0, "faces-1 faces-2\n"), "checkpoints know their jobs"
         start = time.monotonic()
         code, text = walker.type(line, lambda text, watched=watched: watched and text.startswith("images "))
         with capsys.disabled():
