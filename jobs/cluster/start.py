@@ -113,6 +113,18 @@ def knock(address: str, seconds: float = KNOCK_SECONDS) -> None:
         raise RemoteError("what answers is no Ray head", where=address, cure=CURE)
 
 
+def refused(address: str, seconds: float = KNOCK_SECONDS) -> bool:
+    """Whether nothing listens there any more; a head that is slow, or far away and silent, is none that is gone."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _connect(cluster: ClusterConfig, folder: Path) -> None:
     import ray
 

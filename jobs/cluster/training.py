@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster.start import SIGNALS, HeadLostError, started
+from jobs.cluster.start import SIGNALS, HeadLostError, refused, started
 from jobs.cluster.worker import (
     Mailbox,
     Report,
@@ -46,6 +46,10 @@ RESIZE_SECONDS = 30.0
 
 WAITING_SECONDS = 20.0
 """How long nobody may train before it is said why, and said again."""
+
+ANSWER_SECONDS = 2.0
+"""How long the mailbox may take to answer before it is asked whether there is a head: Ray's core, left to wait for
+what went with its head, may end this process with 1 some 6 s later, without a word."""
 
 STOP_SECONDS = 100.0
 """How long the workers may take to commit a last checkpoint; less than the job server's patience with a stopped job."""
@@ -199,12 +203,17 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: Clus
 def _taken(mailbox: Any, cluster: ClusterConfig) -> list[Row]:
     """What rank 0 said since the last call; the mailbox lives where the driver does, so without it the head is gone."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import GetTimeoutError, RayError
 
-    try:
-        return ray.get(mailbox.take.remote())
-    except RayError as error:
-        raise _headless(cluster) from error
+    rows, head = mailbox.take.remote(), ray.get_runtime_context().gcs_address
+    while True:
+        try:
+            return ray.get(rows, timeout=ANSWER_SECONDS)
+        except GetTimeoutError as error:
+            if refused(head):
+                raise _headless(cluster) from error
+        except RayError as error:
+            raise _headless(cluster) from error
 
 
 def _headless(cluster: ClusterConfig) -> HeadLostError:

@@ -134,3 +134,25 @@ def test_a_controller_that_dies_alone_is_a_line(tmp_path: Path) -> None:
     assert (code, "Traceback" in output) == (7, False), output
     assert output.splitlines()[-1].startswith("error: this machine: Ray's head is gone; start the cluster again")
     traces.check("a controller that died alone")
+
+
+@pytest.mark.nightly
+def test_a_head_that_goes_while_the_mailbox_is_silent_is_a_line(tmp_path: Path) -> None:
+    """What the driver has asked for never comes, and nobody tells it so: it looks itself whether there is a head."""
+    struck = False
+
+    def strike(process: psutil.Process, line: str) -> None:
+        nonlocal struck
+        if struck or not line.startswith("images "):
+            return
+        struck, there = True, process.children(recursive=True)
+        (mailbox,) = [each for each in there if each.name().startswith("ray::Mailbox")]
+        (gcs,) = [each for each in there if each.name() == "gcs_server"]
+        mailbox.suspend()
+        gcs.kill()
+
+    traces = Traces()
+    code, output = followed(jobs("train", *settings(tmp_path, ENDLESS), "--cluster.workers", "1"), strike)
+    assert (code, "Traceback" in output) == (7, False), output
+    assert output.splitlines()[-1].startswith("error: this machine: Ray's head is gone; start the cluster again")
+    traces.check("a head that went while the mailbox was silent")

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from jobs.cluster.start import knock, started
+from jobs.cluster.start import knock, refused, started
 from jobs.stack.processes import free_ports
 from pipeline.config import ClusterConfig
 from pipeline.errors import ConfigError, RemoteError
@@ -36,8 +36,8 @@ def listener(serve: Callable[[socket.socket], object]) -> Iterator[str]:
 def test_nobody_listens() -> None:
     address = f"127.0.0.1:{free_ports(1)[0]}"
     for named in (address, f"ray://{address}"):
-        refused = pytest.raises(RemoteError, match=rf"^{named}: no Ray head answers \(.*refused\); start the cluster")
-        with refused, started(ClusterConfig(workers=1, address=named)):
+        told = pytest.raises(RemoteError, match=rf"^{named}: no Ray head answers \(.*refused\); start the cluster")
+        with told, started(ClusterConfig(workers=1, address=named)):
             raise AssertionError("connected")
 
 
@@ -59,3 +59,11 @@ def test_who_listens_speaks_something_else() -> None:
 def test_an_address_that_is_none(address: str) -> None:
     with pytest.raises(ConfigError, match=f"^{address}: not the address of a Ray head; HOST:PORT, or auto$"):
         knock(address)
+
+
+def test_only_a_refusal_says_that_a_head_is_gone() -> None:
+    assert refused(f"127.0.0.1:{free_ports(1)[0]}")
+    with listener(lambda _: None) as address:
+        assert not refused(address), "it answers"
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as busy, socket.create_connection(busy.getsockname()):
+        assert not refused(f"127.0.0.1:{busy.getsockname()[1]}", 0.3), "nobody is let in, but somebody listens"
