@@ -135,7 +135,7 @@ def test_verify_checks_digests_golden_pixels_and_the_ledger(
     assert "ledger: 1 entries, their chain is whole" in out
     ModelRegistry(uri).client.set_registered_model_alias("faces", "other", "1")  # nothing to the ledger
     ModelRegistry(uri).client.delete_registered_model_alias("faces", "champion")
-    with pytest.raises(UsageError):
+    with pytest.raises(DataError, match="champion is no version, the ledger says 1; the next promotion"):
         models.main(["verify", "models:/faces/1", "--uri", uri])
     (run / "model" / "golden.safetensors").write_bytes(b"?")
     with pytest.raises(DataError, match=r"golden\.safetensors: length"):
