@@ -48,6 +48,7 @@ PROMISES = (
              "jobs/test_nodes.py::test_a_job_whose_head_is_lost_is_submitted_again",
              "jobs/test_failures.py::test_a_controller_that_dies_alone_is_a_line",
              "jobs/test_failures.py::test_a_head_that_goes_while_the_mailbox_is_silent_is_a_line",
+             "jobs/test_failures.py::test_a_driver_outlives_the_store_of_objects_on_its_node",
              "jobs/test_train.py::test_a_killed_driver_leaves_no_process_and_the_next_start_no_folder",
              "jobs/test_demo.py::test_killed_at_every_stage_it_ends_in_the_same_artifact",
              "pipeline/test_tracking.py::test_a_killed_and_resumed_run_has_every_row_once_and_in_order")),

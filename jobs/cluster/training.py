@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.start import SIGNALS, HeadLostError, refused, started
 from jobs.cluster.worker import (
+    ByValue,
     Mailbox,
     Report,
     Row,
@@ -49,7 +50,7 @@ WAITING_SECONDS = 20.0
 
 ANSWER_SECONDS = 2.0
 """How long the mailbox may take to answer before it is asked whether there is a head: Ray's core, left to wait for
-what went with its head, may end this process with 1 some 6 s later, without a word."""
+what went with its head, ends this process with 1 after 60 s, without a word."""
 
 STOP_SECONDS = 100.0
 """How long the workers may take to commit a last checkpoint; less than the job server's patience with a stopped job."""
@@ -127,6 +128,10 @@ def _attempt(
 def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api import data_parallel_trainer
+
+    assert hasattr(data_parallel_trainer, "ObjectRefWrapper"), "another Ray: what does the driver own now? See ByValue"
+    setattr(data_parallel_trainer, "ObjectRefWrapper", ByValue)  # noqa: B010 - for the type checker another class
 
     class FailFast(UserCallback):
         """Ends the run on an error that would come again; Ray alone would restart the workers for it."""

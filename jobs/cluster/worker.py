@@ -44,6 +44,19 @@ class Mailbox:
         return rows
 
 
+class ByValue:
+    """A function that is sent as it is, where Ray Train would keep it in the object store of the driver's node.
+
+    Ray's core ends a driver with 1, without a word, when that node's store is gone and the driver owns anything in it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def get(self) -> Callable[..., Any]:
+        return self._function
+
+
 def final(error: Exception) -> bool:
     """Whether the same error would come again."""
     return not isinstance(error, TRANSIENT) and not _of_ray(error)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from ray.exceptions import ActorDiedError
 
 from jobs.cluster.training import Patience
 from jobs.cluster.worker import Report, Row, Stop, final, first_of, own_of
 from pipeline.config import ClusterConfig, TrainConfig
 from pipeline.errors import ConfigError, DataError, PeerLostError, PipelineError, RemoteError
 from pipeline.world import in_words
-from tests.jobs.runs import ENDLESS, Traces, followed, jobs, settings
+from tests.jobs.runs import ENDLESS, HANG, Traces, followed, jobs, settings, started
 
 FAILURE = {"failed": "ActorDiedError: gone", "trace": "rank 0\nall of it"}
 
@@ -66,6 +66,8 @@ def test_no_memory_comes_again_and_a_lost_neighbour_does_not() -> None:
 
 
 def test_why_a_group_failed_is_told_by_the_rank_that_knows() -> None:
+    from ray.exceptions import ActorDiedError  # not above: the scripts below set first what Ray reads when imported
+
     left, dead, refused = PeerLostError("gone"), ActorDiedError(), RemoteError("nobody answers")
     assert first_of({0: left, 1: dead}).startswith("ActorDiedError: ")
     assert own_of({0: left, 1: dead}) is None
@@ -156,3 +158,43 @@ def test_a_head_that_goes_while_the_mailbox_is_silent_is_a_line(tmp_path: Path) 
     assert (code, "Traceback" in output) == (7, False), output
     assert output.splitlines()[-1].startswith("error: this machine: Ray's head is gone; start the cluster again")
     traces.check("a head that went while the mailbox was silent")
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+import psutil
+from jobs.cluster.training import train
+from pipeline.errors import PipelineError
+from tests.jobs.test_failures import config_in, steady
+
+def report(row):
+    if "images" in row:
+        (raylet,) = [each for each in psutil.Process().children(recursive=True) if each.name() == "raylet"]
+        raylet.kill()
+        time.sleep(15)
+
+try:
+    train(config_in(Path(sys.argv[1])), report, steady)
+except PipelineError as error:
+    print(error)
+"""
+
+
+def steady(config: TrainConfig, report: Report, stop: Stop) -> Row:
+    """A loop that learns nothing."""
+    for number in range(1000):
+        report({"images": number})
+        time.sleep(1)
+    return {}
+
+
+def test_a_driver_outlives_the_store_of_objects_on_its_node(tmp_path: Path) -> None:
+    """Ray tells it that its node is dead; whatever it owns there Ray's core would look for, and exit without a word."""
+    traces = Traces()
+    quick = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "2"}
+    with started([sys.executable, "-c", SLOW, str(tmp_path)], quick) as process:
+        output, _ = process.communicate(timeout=HANG)
+    assert process.returncode == 0, output
+    assert output.splitlines()[-1].startswith("this machine: Ray's head is gone; start the cluster again"), output
+    traces.check("a head whose node went first")
