@@ -59,7 +59,7 @@ def register(
     from pipeline.errors import redact
     from pipeline.export import export_model, read_run
     from pipeline.manifest import open_manifest
-    from pipeline.mlflow_run import default_uri
+    from pipeline.mlflow_server import default_uri
     from pipeline.registry import ModelRegistry
     from pipeline.storage import open_storage
 
@@ -104,7 +104,7 @@ def promote(
         dry_run: Evaluate and show the gates, write nothing.
     """
     from pipeline.gates import Limits, read_limits
-    from pipeline.mlflow_run import default_uri
+    from pipeline.mlflow_server import default_uri
     from pipeline.promotion import Request
     from pipeline.promotion import promote as decide
     from pipeline.registry import ModelRegistry
@@ -139,7 +139,7 @@ def rollback(
         reason: Why; recorded in the ledger.
         dry_run: Check and show, write nothing.
     """
-    from pipeline.mlflow_run import default_uri
+    from pipeline.mlflow_server import default_uri
     from pipeline.promotion import Request
     from pipeline.promotion import rollback as go_back
     from pipeline.registry import ModelRegistry
@@ -161,7 +161,7 @@ def history(name: Name, /, uri: str = "", json: bool = False) -> int:
     """
     from dataclasses import asdict
 
-    from pipeline.mlflow_run import default_uri
+    from pipeline.mlflow_server import default_uri
     from pipeline.registry import ModelRegistry
     from pipeline.storage import canonical_json
 
@@ -185,7 +185,7 @@ def compare(name: Name, one: Which, other: Which, /, uri: str = "", data: str = 
 
     from pipeline import comparison
     from pipeline.manifest import open_manifest
-    from pipeline.mlflow_run import default_uri
+    from pipeline.mlflow_server import default_uri
     from pipeline.registry import ModelRegistry
     from pipeline.report import LOSSY
     from pipeline.storage import canonical_json, open_storage
@@ -217,7 +217,7 @@ def verify(target: Target, /, uri: str = "", retrain: bool = False, data: str = 
     """
     from pipeline.errors import DataError
     from pipeline.golden import verify_model
-    from pipeline.mlflow_run import default_uri
+    from pipeline.mlflow_server import default_uri
     from pipeline.promotion import verify_ledger
     from pipeline.registry import ModelRegistry, load_model
 

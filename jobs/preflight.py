@@ -23,7 +23,7 @@ from pipeline.anchors import free_bytes, nets_dtype
 from pipeline.config import TrainConfig, refuse_impossible
 from pipeline.errors import ConfigError
 from pipeline.manifest import Manifest, open_manifest
-from pipeline.mlflow_run import refuse_silent
+from pipeline.mlflow_server import refuse_silent
 from pipeline.storage import Storage, open_storage
 from pipeline.train import resolved
 

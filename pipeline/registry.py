@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from pipeline.config import TrackingConfig
 from pipeline.errors import ConfigError, DataError, UsageError
 from pipeline.ledger import Ledger
-from pipeline.mlflow_run import absolute_uri, connect, database_folder, default_uri, found_or_made, translated
+from pipeline.mlflow_run import found_or_made
+from pipeline.mlflow_server import absolute_uri, connect, database_folder, default_uri, translated
 from pipeline.model import LoadedModel, read_model
 from pipeline.pyfunc import FOLDER, refuse_foreign, save_pyfunc
 from pipeline.scratch import scratch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.mlflow_run import connect
+from pipeline.mlflow_server import connect
 
 MLFLOW_NOISE = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 """What MLflow 3.17 itself raises under SQLAlchemy 2.1."""

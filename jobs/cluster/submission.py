@@ -20,7 +20,7 @@ from jobs.cluster.jobs import refuse_second, send
 from pipeline.config import TrainConfig, refuse_impossible, write_config
 from pipeline.errors import ConfigError, ConflictError, redact
 from pipeline.manifest import open_manifest
-from pipeline.mlflow_run import refuse_silent
+from pipeline.mlflow_server import refuse_silent
 from pipeline.origin import JOB, REVISION, revision
 from pipeline.scratch import scratch
 from pipeline.storage import Storage, canonical_json, open_storage, sha256_file, sha256_hex

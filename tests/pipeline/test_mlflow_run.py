@@ -8,11 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.mlflow_run import connect
+from pipeline.mlflow_server import connect
 from tests.mlflow_db import MLFLOW_NOISE
 
 pytestmark = MLFLOW_NOISE
-CONNECT = "import sys; from pipeline.mlflow_run import connect; connect(sys.argv[1]).search_experiments()"
+CONNECT = "import sys; from pipeline.mlflow_server import connect; connect(sys.argv[1]).search_experiments()"
 
 
 def test_a_kill_while_the_database_is_made_leaves_none_or_a_whole_one(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from pipeline.config import DataConfig, TrackingConfig, TrainConfig
 from pipeline.errors import RemoteError, redact
-from pipeline.mlflow_run import Description, MlflowRun, connect
+from pipeline.mlflow_run import Description, MlflowRun
+from pipeline.mlflow_server import connect
 from pipeline.spool import Cursor, Means, Row, Spool, parse_rows
 from pipeline.storage import open_storage
 from pipeline.tracking import Tracker, flat_params, run_key
