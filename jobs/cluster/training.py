@@ -130,7 +130,6 @@ def _trainer(config: TrainConfig, mailbox: Any, work: Work, folder: Path) -> Tor
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api import data_parallel_trainer
 
-    assert hasattr(data_parallel_trainer, "ObjectRefWrapper"), "another Ray: what does the driver own now? See ByValue"
     setattr(data_parallel_trainer, "ObjectRefWrapper", ByValue)  # noqa: B010 - for the type checker another class
 
     class FailFast(UserCallback):

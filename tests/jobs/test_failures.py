@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -122,42 +123,47 @@ def test_ray_restarts_workers_as_often_as_they_get_further(tmp_path: Path, kind:
     traces.check("workers that failed time and again")
 
 
-@pytest.mark.nightly
-def test_a_controller_that_dies_alone_is_a_line(tmp_path: Path) -> None:
-    """As where a head goes bit by bit: what `fit` ran on is gone while the driver's mailbox still answers."""
-
-    def kill(process: psutil.Process, line: str) -> None:
-        if line.startswith("images 160/"):
-            (controller,) = [p for p in process.children(recursive=True) if p.name().startswith("ray::TrainCont")]
-            controller.kill()
-
-    traces = Traces()
-    code, output = followed(jobs("train", *settings(tmp_path, ENDLESS), "--cluster.workers", "2"), kill)
-    assert (code, "Traceback" in output) == (7, False), output
-    assert output.splitlines()[-1].startswith("error: this machine: Ray's head is gone; start the cluster again")
-    traces.check("a controller that died alone")
+def child(process: psutil.Process, name: str) -> psutil.Process:
+    (found,) = [each for each in process.children(recursive=True) if each.name().startswith(name)]
+    return found
 
 
-@pytest.mark.nightly
-def test_a_head_that_goes_while_the_mailbox_is_silent_is_a_line(tmp_path: Path) -> None:
+def controller_dies(driver: psutil.Process) -> None:
+    """What `fit` runs on is gone, while the driver's mailbox still answers."""
+    child(driver, "ray::TrainCont").kill()
+
+
+def mailbox_is_silent(driver: psutil.Process) -> None:
     """What the driver has asked for never comes, and nobody tells it so: it looks itself whether there is a head."""
+    child(driver, "ray::Mailbox").suspend()
+    child(driver, "gcs_server").kill()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("what", "strike"),
+    [
+        ("a controller that died alone", controller_dies),
+        ("a head that went while the mailbox was silent", mailbox_is_silent),
+    ],
+    ids=["controller", "silent"],
+)
+def test_a_head_that_goes_bit_by_bit_is_a_line(
+    tmp_path: Path, what: str, strike: Callable[[psutil.Process], None]
+) -> None:
     struck = False
 
-    def strike(process: psutil.Process, line: str) -> None:
+    def at_line(process: psutil.Process, line: str) -> None:
         nonlocal struck
-        if struck or not line.startswith("images "):
-            return
-        struck, there = True, process.children(recursive=True)
-        (mailbox,) = [each for each in there if each.name().startswith("ray::Mailbox")]
-        (gcs,) = [each for each in there if each.name() == "gcs_server"]
-        mailbox.suspend()
-        gcs.kill()
+        if line.startswith("images ") and not struck:
+            struck = True
+            strike(process)
 
     traces = Traces()
-    code, output = followed(jobs("train", *settings(tmp_path, ENDLESS), "--cluster.workers", "1"), strike)
+    code, output = followed(jobs("train", *settings(tmp_path, ENDLESS), "--cluster.workers", "1"), at_line)
     assert (code, "Traceback" in output) == (7, False), output
     assert output.splitlines()[-1].startswith("error: this machine: Ray's head is gone; start the cluster again")
-    traces.check("a head that went while the mailbox was silent")
+    traces.check(what)
 
 
 SLOW = """
