@@ -47,6 +47,7 @@ PROMISES = (
             ("jobs/test_nodes.py::test_a_node_is_lost_then_the_head_and_a_node_gives_notice",
              "jobs/test_nodes.py::test_a_job_whose_head_is_lost_is_submitted_again",
              "jobs/test_failures.py::test_a_head_that_goes_bit_by_bit_is_a_line",
+             "jobs/test_failures.py::test_a_mailbox_that_is_held_is_waited_for_and_it_is_said",
              "jobs/test_failures.py::test_a_driver_outlives_the_store_of_objects_on_its_node",
              "jobs/test_train.py::test_a_killed_driver_leaves_no_process_and_the_next_start_no_folder",
              "jobs/test_demo.py::test_killed_at_every_stage_it_ends_in_the_same_artifact",

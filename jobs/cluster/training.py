@@ -180,7 +180,7 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: Clus
         told, waiting = 0.0, _Waiting(cluster)
         while thread.is_alive():
             thread.join(0.5)
-            for row in _taken(mailbox, cluster):
+            for row in _taken(mailbox, cluster, report):
                 waiting.note(row)
                 patience.note(row)
                 if "failed" not in row:
@@ -204,18 +204,21 @@ def _followed(trainer: TorchTrainer, mailbox: Any, report: Report, cluster: Clus
     return row
 
 
-def _taken(mailbox: Any, cluster: ClusterConfig) -> list[Row]:
+def _taken(mailbox: Any, cluster: ClusterConfig, report: Report) -> list[Row]:
     """What rank 0 said since the last call; the mailbox lives where the driver does, so without it the head is gone."""
     import ray
     from ray.exceptions import GetTimeoutError, RayError
 
-    rows, head = mailbox.take.remote(), ray.get_runtime_context().gcs_address
+    rows, head, said = mailbox.take.remote(), ray.get_runtime_context().gcs_address, time.monotonic()
     while True:
         try:
             return ray.get(rows, timeout=ANSWER_SECONDS)
         except GetTimeoutError as error:
             if refused(head):
                 raise _headless(cluster) from error
+            if time.monotonic() > said + WAITING_SECONDS:
+                said = time.monotonic()
+                report({"event": "waiting: Ray does not answer on the driver's node"})
         except RayError as error:
             raise _headless(cluster) from error
 

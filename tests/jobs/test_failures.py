@@ -166,6 +166,25 @@ def test_a_head_that_goes_bit_by_bit_is_a_line(
     traces.check(what)
 
 
+@pytest.mark.nightly
+def test_a_mailbox_that_is_held_is_waited_for_and_it_is_said(tmp_path: Path) -> None:
+    held: list[psutil.Process] = []
+
+    def at_line(process: psutil.Process, line: str) -> None:
+        if line.startswith("images ") and not held:
+            held.append(child(process, "ray::Mailbox"))
+            held[0].suspend()
+        elif line.startswith("waiting: Ray does not answer on the driver's node"):
+            held[0].resume()
+            process.terminate()
+
+    traces = Traces()
+    code, output = followed(jobs("train", *settings(tmp_path, ENDLESS), "--cluster.workers", "1"), at_line)
+    assert (code, "Traceback" in output) == (143, False), output
+    assert "stopped after a checkpoint at" in output.splitlines()[-1], output
+    traces.check("a mailbox that was held")
+
+
 SLOW = """
 import sys, time
 from pathlib import Path
